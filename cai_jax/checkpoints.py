@@ -1,0 +1,97 @@
+"""Saving and restoring training state. The only file that imports orbax.
+
+A checkpoint is committed by renaming its folder, so a kill in the middle of a write leaves the one before. It is restored onto
+an abstract tree with the *target* shardings, so it moves between meshes.
+"""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint.experimental.v1 as ocp
+
+from cai_jax.sharding import path_name
+from cai_jax.workdir import InputError
+
+
+def steps(folder: Path) -> list[int]:
+    """Committed steps in a folder, ascending."""
+    return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
+
+
+class Saver:
+    """Saves in the background, one at a time, and keeps the newest checkpoint only. `close` waits for the last one."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder.resolve()
+        self.pending = None
+        for leftover in self.folder.glob("*") if self.folder.is_dir() else ():
+            if not leftover.name.isdigit():  # a write that a kill cut short
+                shutil.rmtree(leftover)
+
+    def save(self, step: int, state) -> None:
+        """`state` may be donated or changed as soon as this returns."""
+        self.wait()
+        if step not in steps(self.folder):
+            self.pending = ocp.save_async(self.folder / str(step), state)
+
+    def wait(self) -> None:
+        """Returns when the save in flight is committed, and removes the ones before it."""
+        if self.pending is not None:
+            self.pending.result()
+            self.pending = None
+        for old in steps(self.folder)[:-1]:
+            shutil.rmtree(self.folder / str(old))
+
+    close = wait
+
+
+def restore(folder: Path, abstract, step: int | None = None):
+    """The state at `step` (default: the newest) onto `abstract`, ShapeDtypeStructs with shardings.
+
+    Raises InputError when there is none, or when it is of another model.
+    """
+    found = steps(folder)
+    if not found or (step is not None and step not in found):
+        raise InputError(f"no checkpoint {'' if step is None else step} in {folder}; there are {found}")
+    return _load(folder.resolve() / str(found[-1] if step is None else step), abstract)
+
+
+def _load(path: Path, abstract):
+    try:
+        return ocp.load(path, abstract)
+    except (ValueError, KeyError, TypeError) as e:
+        raise InputError(f"{path} is a checkpoint of another model or optimizer than the configuration describes: {e}") from e
+
+
+def save_model(folder: Path, params) -> None:
+    """The parameters a stage ends with, alone, for the stages that read them."""
+    ocp.save(folder.resolve() / "model", params, overwrite=True)
+
+
+def load_model(folder: Path, abstract):
+    """What `save_model` wrote, onto `abstract`. Raises InputError when it is missing or of another model."""
+    path = folder.resolve() / "model"
+    if not path.is_dir():
+        raise InputError(f"no model at {path}; has the stage {folder.name!r} finished?")
+    return _load(path, abstract)
+
+
+@jax.jit
+def _checksums(leaves):
+    def one(x):
+        bits = jax.lax.bitcast_convert_type(x, {4: jnp.uint32, 2: jnp.uint16}[x.dtype.itemsize]).astype(jnp.uint32)
+        place = jnp.arange(bits.size, dtype=jnp.uint32).reshape(bits.shape) * jnp.uint32(2654435761) | jnp.uint32(1)
+        return jnp.sum(bits * place, dtype=jnp.uint32)
+
+    return [one(x) for x in leaves]
+
+
+def fingerprint(tree) -> str:
+    """sha256 of a position-weighted checksum of every array: the same on every mesh, computed where the arrays lie."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    sums = jax.device_get(_checksums([x for _, x in leaves]))
+    text = "\n".join(f"{path_name(p)} {x.shape} {x.dtype} {int(s)}" for (p, x), s in zip(leaves, sums, strict=True))
+    return hashlib.sha256(text.encode()).hexdigest()

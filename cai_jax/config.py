@@ -1,0 +1,285 @@
+"""Every configuration key once: its default, its unit, its meaning.
+
+Each section is a frozen dataclass. `default()` turns the whole into a locked `ConfigDict` that files in `configs/` and
+`--config.section.key=value` change; `section(cfg.sft, SFT)` turns a part of it back at a stage's edge, so that the code of a
+stage reads plain, checked attributes.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from ml_collections import ConfigDict
+
+STAGES = ("pretrain", "critique", "sft", "preferences", "reward", "dpo", "ppo", "evaluate", "report")
+
+
+@dataclass(frozen=True)
+class Model:
+    path: str = "cai_jax/miniworld/base"  # folder in Hugging Face format: the helpful-only base, also the judge
+    compute_dtype: str = "auto"  # auto: float32 on CPU, bfloat16 on accelerators
+    remat: bool = False  # recompute each layer in the backward pass: less memory, about a third more time
+
+
+@dataclass(frozen=True)
+class Data:
+    redteam: str = "cai_jax/miniworld/data/redteam.jsonl"  # prompts that try to draw out harm
+    helpful: str = "cai_jax/miniworld/data/helpful.jsonl"  # prompts that only want help
+    comparisons: str = "cai_jax/miniworld/data/comparisons.jsonl"  # human helpfulness comparisons
+    max_redteam: int = 0  # use the first N prompts; 0: all
+    max_helpful: int = 0  # likewise
+    max_comparisons: int = 0  # likewise
+
+
+@dataclass(frozen=True)
+class ConstitutionFile:
+    path: str = "constitutions/miniworld.toml"
+    exclude: tuple[str, ...] = ()  # categories whose principles are left out (ablation)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0  # nucleus mass; 1: off
+    max_tokens: int = 48  # per response, EOS included
+    batch_size: int = 128  # rows decoded together
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    learning_rate: float = 1e-3  # peak
+    warmup_steps: int = 0
+    final_ratio: float = 0.1  # learning rate at the end / peak, reached by a cosine; 1: constant
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0  # global gradient norm
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Only configs/miniworld_pretrain.py runs this stage: it makes the embedded base from nothing."""
+
+    steps: int = 2400
+    rows: int = 24  # per step
+    length: int = 192  # tokens per packed row
+    width: int = 128
+    mlp_width: int = 352
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 4
+    checkpoint_every: int = 200
+    optimizer: Optimizer = Optimizer(learning_rate=3e-3, warmup_steps=100, final_ratio=0.03, weight_decay=0.05)
+
+
+@dataclass(frozen=True)
+class Critique:
+    rounds: int = 2  # critique-revision pairs per prompt; 0: the first response is the target
+    temperature_end: float = 1.0  # the temperature goes linearly from sampling.temperature to this over the revisions
+    direct: bool = False  # revise without a critique (paper, figure 7)
+    use_principles: bool = True  # False: a request that names no principle
+    few_shot: str = ""  # TOML of examples put before every critique and revision; empty: none
+    helpful_responses: int = 1  # sampled per helpful prompt for the SFT mix
+    sampling: Sampling = Sampling()
+
+
+@dataclass(frozen=True)
+class SFT:
+    revisions: str = "last"  # last | all: which rounds' revisions are targets (the paper uses all)
+    epochs: int = 5
+    rows: int = 32  # packed rows per step
+    length: int = 128  # tokens per row
+    microbatches: int = 1
+    checkpoint_every: int = 25  # steps
+    optimizer: Optimizer = Optimizer(warmup_steps=5)
+
+
+@dataclass(frozen=True)
+class Preferences:
+    policy: str = "sft"  # sft | base: whose responses are compared
+    labels: str = "soft"  # soft | hard: p(A) as it is, or 0 / 1
+    principles: int = 1  # drawn per comparison; more are averaged
+    chain_of_thought: bool = False
+    clamp: tuple[float, float] = (0.4, 0.6)  # of chain-of-thought labels only (paper 4.1)
+    few_shot: str = ""
+    score_batch: int = 128  # rows scored together
+    thought: Sampling = Sampling(max_tokens=64)
+    sampling: Sampling = Sampling()
+
+
+@dataclass(frozen=True)
+class Reward:
+    init: str = "sft"  # sft | base
+    epochs: int = 2
+    batch_size: int = 64  # comparisons per step
+    microbatches: int = 1
+    heldout_share: float = 0.1  # share of the comparisons kept for accuracy and calibration
+    checkpoint_every: int = 25
+    optimizer: Optimizer = Optimizer(learning_rate=5e-4, warmup_steps=3)
+
+
+@dataclass(frozen=True)
+class PPO:
+    init: str = "sft"  # sft | base: the policy's start and the KL reference
+    iterations: int = 16
+    batch_size: int = 128  # rollouts per iteration
+    helpful_share: float = 0.5  # of the prompts of an iteration
+    epochs: int = 2
+    minibatches: int = 2
+    value_network: str = "separate"  # separate: starts as the reward model | shared: a head on the policy's trunk
+    kl_coef: float = 0.2  # nats -> reward, per token
+    kl_adaptive: bool = False  # move kl_coef so that the KL per response nears kl_target
+    kl_target: float = 1.0  # nats per response
+    kl_horizon: int = 10_000  # rollouts
+    clip: float = 0.2
+    value_clip: float = 0.2
+    value_coef: float = 0.1
+    entropy_coef: float = 0.0
+    discount: float = 1.0
+    gae_lambda: float = 0.95
+    whiten_advantages: bool = True
+    missing_eos_penalty: float = 3.0  # subtracted from the score of a response cut off at max_tokens
+    target_kl: float = 0.0  # stop an iteration's epochs when the mean KL to its rollout policy passes this; 0: never
+    max_drift: float = 0.01  # largest mean |sampler - scorer| log-prob, nats per token, before the run stops
+    evaluate_every: int = 4  # iterations; 0: never
+    checkpoint_every: int = 4
+    sampling: Sampling = Sampling()
+    optimizer: Optimizer = Optimizer(learning_rate=3e-4, final_ratio=0.2)
+
+
+@dataclass(frozen=True)
+class DPO:
+    beta: float = 0.1
+    epochs: int = 2
+    batch_size: int = 64
+    microbatches: int = 1
+    checkpoint_every: int = 25
+    optimizer: Optimizer = Optimizer(learning_rate=2e-4, warmup_steps=3)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    oracle: str = "miniworld"  # how responses are judged
+    redteam: str = "cai_jax/miniworld/data/redteam_eval.jsonl"
+    heldout: str = "cai_jax/miniworld/data/heldout.jsonl"
+    limit: int = 0  # prompts per set, taken evenly; 0: all
+    sampling: Sampling = Sampling(batch_size=256)
+
+
+@dataclass(frozen=True)
+class Config:
+    stages: tuple[str, ...] = ("critique", "sft", "preferences", "reward", "ppo", "evaluate", "report")  # in this order
+    seed: int = 0  # of all sampling, shuffling and initialisation
+    mesh: tuple[int, int, int] = (-1, 1, 1)  # devices along ("data", "fsdp", "model"); one may be -1: what is left
+    model: Model = Model()
+    data: Data = Data()
+    constitution: ConstitutionFile = ConstitutionFile()
+    pretrain: Pretrain = Pretrain()
+    critique: Critique = Critique()
+    sft: SFT = SFT()
+    preferences: Preferences = Preferences()
+    reward: Reward = Reward()
+    dpo: DPO = DPO()
+    ppo: PPO = PPO()
+    evaluate: Evaluate = Evaluate()
+
+
+def default() -> ConfigDict:
+    """The default configuration as a ConfigDict; keys can be changed, none can be added."""
+    return _to_dict(Config()).lock()
+
+
+def _to_dict(value) -> ConfigDict:
+    values = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    return ConfigDict({k: _to_dict(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()})
+
+
+def section(cfg, kind: type):
+    """A (nested) ConfigDict as the frozen dataclass `kind`."""
+    values = {}
+    for f in dataclasses.fields(kind):
+        value = cfg[f.name]
+        values[f.name] = section(value, f.type) if dataclasses.is_dataclass(f.type) else value
+    return kind(**values)
+
+
+CHOICES = {
+    "model.compute_dtype": ("auto", "float32", "bfloat16"),
+    "sft.revisions": ("last", "all"),
+    "preferences.policy": ("sft", "base"),
+    "preferences.labels": ("soft", "hard"),
+    "reward.init": ("sft", "base"),
+    "ppo.init": ("sft", "base"),
+    "ppo.value_network": ("separate", "shared"),
+    "evaluate.oracle": ("miniworld",),
+}
+AT_LEAST_ONE = ("epochs", "rows", "length", "batch_size", "microbatches", "minibatches", "max_tokens", "checkpoint_every", "steps")
+SHARES = ("helpful_share", "heldout_share", "top_p")
+NOT_NEGATIVE = ("rounds", "temperature", "temperature_end", "learning_rate", "kl_coef", "clip", "beta", "iterations", "limit")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run. The message names the flag to change."""
+
+
+def _walk(cfg: Config, prefix: str = ""):
+    for f in dataclasses.fields(cfg):
+        value = getattr(cfg, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from _walk(value, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, f.name, value
+
+
+def _require(good: bool, flag: str, got, wanted: str) -> None:
+    if not good:
+        raise ConfigError(f"--config.{flag}={got!r}: wanted {wanted}")
+
+
+def resolve(config) -> Config:
+    """ConfigDict -> Config, checked. Raises ConfigError that names the flag, what it got and what is wanted."""
+    cfg = section(config, Config)
+    for flag, name, value in _walk(cfg):
+        if flag in CHOICES:
+            _require(value in CHOICES[flag], flag, value, "one of " + ", ".join(CHOICES[flag]))
+        if name in AT_LEAST_ONE:
+            _require(value >= 1, flag, value, "a whole number of at least 1")
+        if name in SHARES:
+            _require(0 <= value <= 1, flag, value, "a share between 0 and 1")
+        if name in NOT_NEGATIVE:
+            _require(value >= 0, flag, value, "zero or more")
+    _check_stages(cfg)
+    for name in ("sft", "reward", "dpo"):
+        part = getattr(cfg, name)
+        rows = part.rows if name == "sft" else part.batch_size
+        _require(rows % part.microbatches == 0, f"{name}.microbatches", part.microbatches, f"a divisor of the batch, {rows}")
+    _require(
+        cfg.ppo.batch_size % cfg.ppo.minibatches == 0, "ppo.minibatches", cfg.ppo.minibatches, f"a divisor of {cfg.ppo.batch_size}"
+    )
+    low, high = cfg.preferences.clamp
+    _require(0 <= low < high <= 1, "preferences.clamp", cfg.preferences.clamp, "two bounds with 0 <= low < high <= 1")
+    return cfg
+
+
+def _check_stages(cfg: Config) -> None:
+    stages = cfg.stages
+    for stage in stages:
+        _require(stage in STAGES, "stages", stage, "stages out of " + ", ".join(STAGES))
+    _require(len(set(stages)) == len(stages), "stages", stages, "each stage once")
+    order = [STAGES.index(s) for s in stages]
+    _require(order == sorted(order), "stages", stages, "the order " + ", ".join(STAGES))
+    needs = {
+        "sft": ("critique",),
+        "preferences": ("sft",) if cfg.preferences.policy == "sft" else (),
+        "reward": ("preferences",) + (("sft",) if cfg.reward.init == "sft" else ()),
+        "dpo": ("preferences", "sft"),
+        "ppo": ("reward",) + (("sft",) if cfg.ppo.init == "sft" else ()),
+    }
+    for stage in stages:
+        for need in needs.get(stage, ()):
+            _require(need in stages, "stages", stages, f"{need}, which {stage} reads (stages already done are skipped)")
+
+
+def as_dict(cfg) -> dict:
+    """A configuration (or a section) as plain nested dicts, for JSON."""
+    return dataclasses.asdict(cfg)

@@ -1,0 +1,119 @@
+"""Prompts and comparisons in; padded or packed batches out. Every batch is a pure function of (data, seed, step)."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from cai_jax import records
+from cai_jax.prompts import ASSISTANT, USER
+from cai_jax.workdir import InputError
+
+BUCKETS = (32, 64, 96, 128, 192, 256)  # then multiples of 256: how few lengths are compiled
+
+
+def bucket(length: int) -> int:
+    """The padded length of a row of `length` tokens."""
+    return next((b for b in BUCKETS if length <= b), -(-length // BUCKETS[-1]) * BUCKETS[-1])
+
+
+def _check_messages(record: dict, where: str) -> None:
+    messages = record["messages"]
+    if not messages:
+        raise InputError(f"{where}: no messages; wanted at least one from the user")
+    for m in messages:
+        if m.get("role") not in (USER, ASSISTANT) or not isinstance(m.get("content"), str):
+            raise InputError(f"{where}: a message must be {{'role': 'user' | 'assistant', 'content': text}}, got {m!r:.80}")
+        if not m["content"].strip():
+            raise InputError(f"{where}: a message of the {m['role']} is empty")
+    if messages[-1]["role"] != USER:
+        raise InputError(f"{where}: the last message must be the user's, it is the {messages[-1]['role']}'s")
+
+
+def _load(path: str, limit: int, required: tuple[str, ...], flag: str) -> list[dict]:
+    items = records.read(path, ("id", "messages", *required))
+    seen = set()
+    for item in items:
+        where = f"{path}: record {item['id']!r} (--config.{flag})"
+        _check_messages(item, where)
+        if item["id"] in seen:
+            raise InputError(f"{where}: the id stands twice; ids key the sampling noise, so they must differ")
+        seen.add(item["id"])
+    if not items:
+        raise InputError(f"{path}: no records (--config.{flag})")
+    return items[:limit] if limit else items
+
+
+def load_prompts(path: str, limit: int, flag: str) -> list[dict]:
+    """Prompt records {"id", "messages", ...}. Raises InputError naming file, record and flag."""
+    return _load(path, limit, (), flag)
+
+
+def load_comparisons(path: str, limit: int, flag: str) -> list[dict]:
+    """Comparison records {"id", "messages", "response_a", "response_b", "p_a"}; p_a in [0, 1] is P(a is better)."""
+    items = _load(path, limit, ("response_a", "response_b", "p_a"), flag)
+    for item in items:
+        if not isinstance(item["p_a"], int | float) or not 0 <= item["p_a"] <= 1:
+            raise InputError(f"{path}: record {item['id']!r}: p_a={item['p_a']!r}, wanted a number from 0 to 1")
+    return items
+
+
+def pad_rows(rows: list[list[int]], length: int | None = None, count: int | None = None):
+    """Token lists -> (tokens [B, T] int32, lengths [B] int32), right-padded with 0; rows past the end are empty."""
+    length = bucket(max(map(len, rows))) if length is None else length
+    tokens = np.zeros((count or len(rows), length), np.int32)
+    lengths = np.zeros(tokens.shape[0], np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)], lengths[i] = row, len(row)
+    return tokens, lengths
+
+
+def pack(examples: list[tuple[list[int], int]], length: int, drops: records.Drops) -> dict[str, np.ndarray]:
+    """(ids, prompt length) examples -> packed rows, first fit: arrays [N, length] tokens, targets, weights, positions,
+    segments. Each token's target is the next one of its example; weight 1 on targets behind the prompt, EOS included."""
+    kept = [e for e in examples if drops.keep(len(e[0]) <= length, f"longer than {length} tokens")]
+    rows: list[list] = []
+    free: list[int] = []
+    for example in kept:
+        size = len(example[0])
+        row = next((i for i, space in enumerate(free) if space >= size), None)
+        if row is None:
+            rows.append([])
+            free.append(length)
+            row = len(rows) - 1
+        rows[row].append(example)
+        free[row] -= size
+    names = ("tokens", "targets", "positions", "segments")
+    out = {n: np.zeros((len(rows), length), np.int32) for n in names} | {"weights": np.zeros((len(rows), length), np.float32)}
+    for i, row in enumerate(rows):
+        at = 0
+        for segment, (ids, prompt) in enumerate(row, 1):
+            span = slice(at, at + len(ids))
+            out["tokens"][i, span], out["segments"][i, span] = ids, segment
+            out["positions"][i, span] = np.arange(len(ids))
+            out["targets"][i, at : at + len(ids) - 1] = ids[1:]
+            out["weights"][i, at + prompt - 1 : at + len(ids) - 1] = 1.0
+            at += len(ids)
+    return out
+
+
+def epochs(arrays: dict[str, np.ndarray], batch: int, count: int, seed: int, stream: str) -> tuple[Callable[[int], dict], int]:
+    """`count` passes over arrays [N, ...] in batches. -> (batch_at(step), number of steps).
+
+    Each pass has its own order, from (seed, stream, pass). The last batch of a pass is filled up with zero rows, never
+    dropped; "row_mask" [B] says which rows are real.
+    """
+    n = len(next(iter(arrays.values())))
+    per_pass = -(-n // batch)
+
+    def batch_at(step: int) -> dict:
+        order = np.random.default_rng([seed, *stream.encode(), step // per_pass]).permutation(n)
+        at = step % per_pass * batch
+        rows = order[at : at + batch]
+        out = {}
+        for name, x in arrays.items():
+            out[name] = np.zeros((batch, *x.shape[1:]), x.dtype)
+            out[name][: len(rows)] = x[rows]
+        out["row_mask"] = (np.arange(batch) < len(rows)).astype(np.float32)
+        return out
+
+    return batch_at, per_pass * count

@@ -1,0 +1,107 @@
+"""The mesh and how arrays lie on it: one table for parameters and optimizer state, one function for activations.
+
+The mesh is always ("data", "fsdp", "model"): the batch is split over the first two, parameters over the last two.
+"""
+
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+AXES = ("data", "fsdp", "model")
+BATCH = ("data", "fsdp")
+
+# Path of a parameter (layers are stacked, so their first axis is L) -> its spec. Optimizer state holds the same paths
+# behind a prefix. Exactly one row must match: a new parameter is an error until its row is written.
+PARAM_RULES = (
+    (r"embed/embedding$", P("model", "fsdp")),  # V D
+    (r"layers/attention/(q|k|v)/kernel$", P(None, "fsdp", "model", None)),  # L D N H
+    (r"layers/attention/o/kernel$", P(None, "model", None, "fsdp")),  # L N H D
+    (r"layers/mlp/(gate|up)/kernel$", P(None, "fsdp", "model")),  # L D F
+    (r"layers/mlp/down/kernel$", P(None, "model", "fsdp")),  # L F D
+    (r"layers/\w+_norm/scale$", P(None, None)),  # L D
+    (r"final_norm/scale$", P(None)),  # D
+    (r"unembed/kernel$", P("fsdp", "model")),  # D V
+    (r"head/kernel$", P(None, None)),  # D 1
+    (r"head/bias$", P(None)),  # 1
+)
+
+
+def exact_div(a: int, b: int, what: str) -> int:
+    """a / b for a split that must be even. Raises ValueError that says what was split."""
+    if b <= 0 or a % b:
+        raise ValueError(f"{what}: {a} cannot be split evenly {b} ways; change one of the two")
+    return a // b
+
+
+def make_mesh(shape: tuple[int, int, int], devices=None) -> jax.sharding.Mesh:
+    """A mesh over all devices (or those given); one entry of `shape` may be -1. Raises ValueError if it does not fit."""
+    devices = jax.devices() if devices is None else devices
+    sizes = list(shape)
+    if len(sizes) != len(AXES) or any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
+        raise ValueError(f"--config.mesh={tuple(shape)}: wanted three sizes for {AXES}, at most one of them -1")
+    if -1 in sizes:
+        rest = int(np.prod([s for s in sizes if s != -1]))
+        sizes[sizes.index(-1)] = exact_div(len(devices), rest, f"--config.mesh={tuple(shape)} on {len(devices)} devices")
+    if int(np.prod(sizes)) != len(devices):
+        raise ValueError(f"--config.mesh={tuple(shape)} wants {int(np.prod(sizes))} devices, this machine has {len(devices)}")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def path_name(path) -> str:
+    """A key path of a pytree as 'layers/attention/q/kernel'."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def spec_of(name: str, shape: tuple[int, ...]) -> P:
+    """The spec of the array at path `name`; scalars are replicated. Raises KeyError on no or several matching rows."""
+    if len(shape) == 0:
+        return P()
+    rows = [(pattern, spec) for pattern, spec in PARAM_RULES if re.search(r"(^|/)" + pattern, name)]
+    if len(rows) != 1:
+        found = ", ".join(p for p, _ in rows) or "none"
+        raise KeyError(f"{name} {shape}: wanted exactly one row of sharding.PARAM_RULES, matched {found}")
+    if len(rows[0][1]) != len(shape):
+        raise KeyError(f"{name} {shape}: the row {rows[0][0]!r} of sharding.PARAM_RULES is for rank {len(rows[0][1])}")
+    return rows[0][1]
+
+
+def shardings(tree, mesh):
+    """The NamedSharding of every array of `tree` (arrays or ShapeDtypeStructs). Raises ValueError on uneven splits."""
+
+    def one(path, x):
+        name = path_name(path)
+        spec = spec_of(name, x.shape)
+        for size, axis in zip(x.shape, spec, strict=True):
+            if axis is not None:
+                exact_div(size, mesh.shape[axis], f"{name} {x.shape} over the mesh axis {axis!r} (--config.mesh)")
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def shard_init(init, mesh, *args):
+    """`init(*args)`, jitted so that every array is born where it belongs. -> the tree, sharded by PARAM_RULES."""
+    out = shardings(jax.eval_shape(init, *args), mesh)
+    return jax.jit(init, out_shardings=out)(*args)
+
+
+def put(tree, mesh):
+    """Host arrays onto the mesh by PARAM_RULES."""
+    return jax.device_put(tree, shardings(tree, mesh))
+
+
+def put_batch(batch, mesh):
+    """Host arrays [B, ...] onto the mesh, B split over the batch axes. Raises ValueError when B does not split."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    for name, x in batch.items():
+        exact_div(x.shape[0], ways, f"batch array {name!r} over the mesh axes {BATCH} (--config.mesh)")
+    return jax.device_put(batch, NamedSharding(mesh, P(BATCH)))
+
+
+def constrain(x, *axes):
+    """`x` with its axes laid out as named: "batch", "model" or None each. Without a mesh in scope it is `x`."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*(BATCH if a == "batch" else a for a in axes)))

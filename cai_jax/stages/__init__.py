@@ -1,0 +1,66 @@
+"""What the stages share: which models a run has, where they lie, and what a stage's result depends on.
+
+A stage is a module with run(cfg, workdir, mesh) -> bool (False: it was done before). Stages meet only through files.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from cai_jax import checkpoints, prompts, tokenizer
+from cai_jax import constitution as constitutions
+from cai_jax.config import Config, as_dict
+from cai_jax.models import LM, compute_dtype, hf
+from cai_jax.models.heads import init_head
+from cai_jax.models.transformer import Transformer, init_params
+from cai_jax.train import abstract
+from cai_jax.workdir import digest, outputs
+
+# Name of a model in results and configs -> the stage that makes it.
+MODELS = {"base": None, "sl_cai": "sft", "dpo_cai": "dpo", "rl_cai": "ppo"}
+OF_INIT = {"base": "base", "sft": "sl_cai"}  # values of --config.*.init and .policy
+
+
+def load_constitution(cfg: Config) -> constitutions.Constitution:
+    return constitutions.load(cfg.constitution.path, cfg.constitution.exclude, templates=prompts.TEMPLATES)
+
+
+def inputs_of(cfg: Config, workdir: Path, section: str, files: dict[str, str] | None = None, after: tuple[str, ...] = ()) -> dict:
+    """What a stage's result depends on: its section, the seed, the base model, files read and the outputs of earlier stages."""
+    return {
+        "config": as_dict(getattr(cfg, section)),
+        "seed": cfg.seed,
+        "compute_dtype": cfg.model.compute_dtype,
+        "model": digest(cfg.model.path),
+        "files": {name: digest(path) for name, path in (files or {}).items() if path},
+        "stages": {stage: outputs(stage, workdir) for stage in after},
+    }
+
+
+def load_lm(cfg: Config, workdir: Path, mesh, name: str = "base") -> LM:
+    """A model of the run by name (see MODELS), parameters in float32."""
+    arch, tok = hf.read_config(cfg.model.path), tokenizer.load(cfg.model.path)
+    if tok.vocab_size > arch.vocab_size:
+        raise checkpoints.InputError(f"{cfg.model.path}: the tokenizer has {tok.vocab_size} tokens, the model only {arch.vocab_size}")
+    stage = MODELS[name]
+    if stage is None:
+        params = hf.load(cfg.model.path, mesh)
+    else:
+        params = checkpoints.load_model(workdir / stage, abstract(_shapes(arch), mesh))
+    return LM(arch, compute_dtype(cfg.model.compute_dtype), params, tok)
+
+
+def load_reward(lm: LM, workdir: Path, mesh):
+    """The reward model's parameters, {"trunk", "head"}."""
+    shapes = {"trunk": _shapes(lm.cfg), "head": jax.eval_shape(lambda: init_head(jax.random.key(0), lm.cfg.width))}
+    return checkpoints.load_model(workdir / "reward", abstract(shapes, mesh))
+
+
+def _shapes(arch):
+    return jax.eval_shape(lambda: init_params(Transformer(arch), jax.random.key(0)))
+
+
+def stream(cfg: Config, name: str):
+    """The key of a named random stream of the run."""
+    return jax.random.fold_in(jax.random.key(cfg.seed), jnp.uint32(int.from_bytes(name.encode()[:4].ljust(4), "little")))

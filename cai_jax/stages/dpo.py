@@ -1,0 +1,94 @@
+"""Direct preference optimisation (2305.18290) on the same soft labels: an alternative to reward + ppo.
+
+The reference is the supervised model; its log-probs are taken once, before training.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cai_jax import checkpoints, optim, prompts, records
+from cai_jax.config import Config
+from cai_jax.data import bucket, epochs, load_comparisons, pad_rows
+from cai_jax.losses import dpo_loss, masked_mean
+from cai_jax.score import hidden_states, row_batch, target_logprobs
+from cai_jax.sharding import put_batch
+from cai_jax.stages import inputs_of, load_constitution, load_lm, stream
+from cai_jax.train import fit, init_state, make_train_step
+from cai_jax.workdir import begin, finish
+
+STAGE = "dpo"
+
+
+def run(cfg: Config, workdir: Path, mesh) -> bool:
+    """Writes dpo/checkpoints, dpo/model and dpo/metrics.jsonl."""
+    folder, c = workdir / STAGE, cfg.dpo
+    inputs = inputs_of(cfg, workdir, STAGE, {"comparisons": cfg.data.comparisons}, ("sft", "preferences"))
+    if not begin(STAGE, workdir, inputs | {"limit": cfg.data.max_comparisons}):
+        return False
+    lm, templates, drops = load_lm(cfg, workdir, mesh, "sl_cai"), load_constitution(cfg).templates, records.Drops()
+    pairs = records.read(workdir / "preferences" / "comparisons.jsonl", ("messages", "response_a", "response_b", "p_a"))
+    pairs += load_comparisons(cfg.data.comparisons, cfg.data.max_comparisons, "data.comparisons")
+    arrays = encode(lm, templates, pairs, drops)
+    net = lm.net(remat=cfg.model.remat)
+    arrays["reference"] = reference_logprobs(net, lm.params, arrays, c.batch_size, mesh)
+    batch_at, steps = epochs(arrays, c.batch_size, c.epochs, cfg.seed, STAGE)
+    tx = optim.make(c.optimizer, steps)
+    step = make_train_step(preference_loss(net, c.beta), tx, mesh, c.microbatches)
+    state = fit(STAGE, folder, init_state(lm.params, tx, mesh), step, batch_at, steps, stream(cfg, STAGE), c.checkpoint_every, mesh)
+    checkpoints.save_model(folder, state.params)
+    counts = drops.counts(len(pairs), len(arrays["p_a"])) | {"steps": steps}
+    finish(STAGE, workdir, {"model": checkpoints.fingerprint(state.params)}, counts)
+    return True
+
+
+def encode(lm, templates, pairs: list[dict], drops: records.Drops) -> dict[str, np.ndarray]:
+    """tokens [N, 2, T], lengths [N, 2], starts [N] (index of the first response token), p_a [N]."""
+    rows, starts, p_a = [], [], []
+    for record in pairs:
+        prompt = lm.tok.encode(prompts.dialogue(record["messages"], templates))
+        two = [prompt + lm.tok.encode(prompts.completion(record[k])) + [lm.tok.eos_id] for k in ("response_a", "response_b")]
+        if drops.keep(max(map(len, two)) <= lm.cfg.max_length, "longer than the context"):
+            rows += two
+            starts.append(len(prompt))
+            p_a.append(record["p_a"])
+    tokens, lengths = pad_rows(rows, bucket(max(map(len, rows))))
+    shape = {"tokens": tokens.reshape(-1, 2, tokens.shape[1]), "lengths": lengths.reshape(-1, 2)}
+    return shape | {"starts": np.array(starts, np.int32), "p_a": np.array(p_a, np.float32)}
+
+
+def response_logprobs(net, params, batch):
+    """Summed log-prob of each response, EOS included. -> float32 [B, 2]."""
+    B, _, T = batch["tokens"].shape
+    tokens, lengths = batch["tokens"].reshape(2 * B, T), batch["lengths"].reshape(2 * B)
+    hidden = hidden_states(net, params, row_batch(tokens, lengths))
+    logp_BT, _ = target_logprobs(net, params, hidden[:, :-1], tokens[:, 1:])
+    at = jnp.arange(1, T)[None]
+    inside = (at >= jnp.repeat(batch["starts"], 2)[:, None]) & (at < lengths[:, None])
+    return jnp.sum(jnp.where(inside, logp_BT, 0.0), axis=-1).reshape(B, 2)
+
+
+def reference_logprobs(net, params, arrays, batch_size: int, mesh) -> np.ndarray:
+    batch_at, steps = epochs(arrays | {"index": np.arange(len(arrays["p_a"]))}, batch_size, 1, 0, "reference")
+    out = np.zeros((len(arrays["p_a"]), 2), np.float32)
+    score = jax.jit(partial(response_logprobs, net))
+    for t in range(steps):
+        batch = batch_at(t)
+        index, real = batch.pop("index"), batch.pop("row_mask") > 0
+        out[index[real]] = np.asarray(score(params, put_batch(batch, mesh)))[real]
+    return out
+
+
+def preference_loss(net, beta: float):
+    def loss_fn(params, batch, key):
+        logp, ref, mask = response_logprobs(net, params, batch), batch["reference"], batch["row_mask"]
+        margin = beta * ((logp - ref)[:, 0] - (logp - ref)[:, 1])
+        right = ((margin > 0) == (batch["p_a"] > 0.5)).astype(margin.dtype)
+        loss = dpo_loss(logp[:, 0], logp[:, 1], ref[:, 0], ref[:, 1], batch["p_a"], mask, beta)
+        kl = masked_mean(jnp.mean(logp - ref, axis=-1), mask)
+        return loss, {"accuracy": masked_mean(right, mask), "log_ratio": kl}
+
+    return loss_fn

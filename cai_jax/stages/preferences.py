@@ -1,0 +1,107 @@
+"""AI preference labels (paper 4.1): two samples per prompt, judged by the base model through option log-probs.
+
+Both orders are averaged, which removes a preference for a position; the label stays soft. Every judgement of every principle
+is kept in the record. Writes preferences/comparisons.jsonl.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from cai_jax import constitution as constitutions
+from cai_jax import prompts, records
+from cai_jax.config import Config
+from cai_jax.data import load_prompts
+from cai_jax.generate import Request, sample_texts
+from cai_jax.losses import preference_from_logprobs
+from cai_jax.score import averaged_preference, option_logprobs
+from cai_jax.stages import OF_INIT, inputs_of, load_constitution, load_lm
+from cai_jax.workdir import begin, digest, finish
+
+STAGE = "preferences"
+
+
+def run(cfg: Config, workdir: Path, mesh) -> bool:
+    folder, c = workdir / STAGE, cfg.preferences
+    constitution = load_constitution(cfg)
+    after = ("sft",) if c.policy == "sft" else ()
+    inputs = inputs_of(cfg, workdir, STAGE, {"redteam": cfg.data.redteam, "few_shot": c.few_shot}, after)
+    inputs |= {"constitution": constitution.fingerprint, "limits": [cfg.data.max_redteam]}
+    if not begin(STAGE, workdir, inputs):
+        return False
+    todo = load_prompts(cfg.data.redteam, cfg.data.max_redteam, "data.redteam")
+    journal = records.Journal(folder / "journal.jsonl")
+    policy = load_lm(cfg, workdir, mesh, OF_INIT[c.policy])
+    asked = [Request(f"{p['id']}/{side}", prompts.dialogue(p["messages"], constitution.templates)) for p in todo for side in "ab"]
+    samples = sample_texts(policy, asked, c.sampling, cfg.seed, journal, mesh)
+    drops, pairs = records.Drops(), []
+    for p, a, b in zip(todo, samples[0::2], samples[1::2], strict=True):
+        if drops.keep(bool(a["text"] and b["text"]), "empty response") and drops.keep(a["text"] != b["text"], "identical responses"):
+            pairs.append(p | {"response_a": a["text"], "response_b": b["text"]})
+    judged = judge(cfg, load_lm(cfg, workdir, mesh), constitution, pairs, journal, mesh)
+    records.write(folder / "comparisons.jsonl", judged)
+    journal.remove()
+    counts = drops.counts(len(todo), len(pairs)) | label_statistics(judged)
+    finish(STAGE, workdir, {"comparisons.jsonl": digest(folder / "comparisons.jsonl")}, counts)
+    return True
+
+
+def judge(cfg: Config, lm, constitution, pairs: list[dict], journal, mesh) -> list[dict]:
+    """Comparison records with p_a in [0, 1] and the judgements behind it, one per principle."""
+    c, templates = cfg.preferences, constitution.templates
+    blocks = constitutions.load_few_shot(c.few_shot).comparisons if c.few_shot else ()
+
+    def context(p: dict, principle, first: str, second: str) -> str:
+        if not blocks:
+            return layout(p["messages"], principle.comparison, first, second, templates)
+        drawn = [constitutions.sample(constitution, cfg.seed, STAGE, p["id"], "few-shot", i)[0] for i in range(len(blocks))]
+        return prompts.few_shot_comparison(blocks, drawn, templates) + layout(p["messages"], principle.comparison, first, second, templates)
+
+    layout = prompts.reasoning if c.chain_of_thought else prompts.comparison
+    asked = [(p, q) for p in pairs for q in constitutions.sample(constitution, cfg.seed, STAGE, p["id"], k=c.principles)]
+    contexts = []
+    for p, q in asked:
+        a, b = p["response_a"], p["response_b"]
+        contexts += [context(p, q, a, b), context(p, q, b, a)]
+    thoughts = [None] * len(contexts)
+    if c.chain_of_thought:
+        keys = [f"{p['id']}/{q.id}/{order}" for p, q in asked for order in ("ab", "ba")]
+        said = sample_texts(lm, [Request(k, x) for k, x in zip(keys, contexts, strict=True)], c.thought, cfg.seed, journal, mesh)
+        thoughts = [s["text"] for s in said]
+        contexts = [prompts.verdict(x, t, templates) for x, t in zip(contexts, thoughts, strict=True)]
+    logp = option_logprobs(lm, contexts, c.score_batch, mesh, "judge").reshape(len(pairs), c.principles, 2, 2)
+    out = []
+    for i, p in enumerate(pairs):
+        rows = [
+            _judgement(q, logp[i, j], thoughts[2 * (i * c.principles + j) :][:2] if c.chain_of_thought else None, c)
+            for j, (_, q) in enumerate(asked[i * c.principles : (i + 1) * c.principles])
+        ]
+        soft = float(np.mean([r["p_a"] for r in rows]))
+        p_a = soft if c.labels == "soft" else float(soft > 0.5) if soft != 0.5 else 0.5
+        out.append(p | {"p_a": p_a, "source": "ai", "judgements": rows, "constitution": constitution.fingerprint})
+    return out
+
+
+def _judgement(principle, logp_22, thoughts, c) -> dict:
+    """One principle's verdict. logp_22: rows are the orders (a, b) and (b, a), columns the options (A), (B)."""
+    p_ab = float(preference_from_logprobs(logp_22[0, 0], logp_22[0, 1]))
+    p_ba = float(preference_from_logprobs(logp_22[1, 1], logp_22[1, 0]))
+    raw = float(averaged_preference(logp_22[0], logp_22[1]))
+    judgement = {"principle": principle.id, "logp_ab": logp_22[0].tolist(), "logp_ba": logp_22[1].tolist()}
+    judgement |= {"p_ab": p_ab, "p_ba": p_ba, "p_a": raw}
+    if thoughts is not None:
+        judgement |= {"p_a": float(np.clip(raw, *c.clamp)), "p_unclamped": raw, "thoughts": thoughts}
+    return judgement
+
+
+def label_statistics(judged: list[dict]) -> dict:
+    """Of a judge: how often the order of the responses changes its verdict, its lean to (A), how decided its labels are."""
+    rows = [r for record in judged for r in record["judgements"]]
+    if not rows:
+        return {"flip_rate": 0.0, "position_lean": 0.0, "decidedness": 0.0}
+    p_ab, p_ba = np.array([r["p_ab"] for r in rows]), np.array([r["p_ba"] for r in rows])
+    return {
+        "flip_rate": float(np.mean((p_ab > 0.5) != (p_ba > 0.5))),
+        "position_lean": float(np.mean(p_ab - p_ba) / 2),
+        "decidedness": float(np.mean(np.abs([r["p_a"] - 0.5 for r in judged]))),
+    }

@@ -1,0 +1,125 @@
+"""The reward model (HH 2204.05862, CAI 4.1): the policy's architecture with a scalar head read at EOS, trained on soft labels.
+
+AI harmlessness comparisons and human helpfulness comparisons are mixed. A share is held out for accuracy and calibration, and the
+scores of the AI comparisons' responses give the mean and deviation that PPO centres and scales by.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from cai_jax import checkpoints, optim, prompts, records
+from cai_jax.config import Config
+from cai_jax.data import bucket, epochs, load_comparisons, pad_rows
+from cai_jax.losses import masked_mean, soft_preference_loss
+from cai_jax.models.heads import init_head
+from cai_jax.score import reward_scores
+from cai_jax.sharding import put, put_batch
+from cai_jax.stages import OF_INIT, inputs_of, load_constitution, load_lm, stream
+from cai_jax.train import fit, init_state, make_train_step
+from cai_jax.workdir import begin, finish, write_json
+
+STAGE = "reward"
+BINS = 10  # of the calibration table
+
+
+def run(cfg: Config, workdir: Path, mesh) -> bool:
+    """Writes reward/checkpoints, reward/model, reward/metrics.jsonl and reward/evaluation.json."""
+    folder, c = workdir / STAGE, cfg.reward
+    after = ("preferences",) + (("sft",) if c.init == "sft" else ())
+    inputs = inputs_of(cfg, workdir, STAGE, {"comparisons": cfg.data.comparisons}, after) | {"limit": cfg.data.max_comparisons}
+    if not begin(STAGE, workdir, inputs):
+        return False
+    lm = load_lm(cfg, workdir, mesh, OF_INIT[c.init])
+    ai = records.read(workdir / "preferences" / "comparisons.jsonl", ("messages", "response_a", "response_b", "p_a"))
+    human = load_comparisons(cfg.data.comparisons, cfg.data.max_comparisons, "data.comparisons")
+    drops = records.Drops()
+    arrays = encode(lm, load_constitution(cfg).templates, ai, human, drops)
+    held = np.random.default_rng([cfg.seed, 7]).random(len(arrays["p_a"])) < c.heldout_share
+    train = {k: v[~held] for k, v in arrays.items()}
+    batch_at, steps = epochs(train, c.batch_size, c.epochs, cfg.seed, STAGE)
+    net, key = lm.net(remat=cfg.model.remat), stream(cfg, STAGE)
+    params = {"trunk": lm.params, "head": put(init_head(jax.random.fold_in(key, 1), lm.cfg.width), mesh)}
+    tx = optim.make(c.optimizer, steps)
+    step = make_train_step(reward_loss(net), tx, mesh, c.microbatches)
+    state = fit(STAGE, folder, init_state(params, tx, mesh), step, batch_at, steps, key, c.checkpoint_every, mesh)
+    checkpoints.save_model(folder, state.params)
+    report = evaluate(net, state.params, arrays, held, c.batch_size, mesh)
+    write_json(folder / "evaluation.json", report)
+    counts = drops.counts(len(ai) + len(human), len(held)) | {"ai": len(ai), "human": len(human)}
+    counts |= {"human_share": len(human) / (len(ai) + len(human)), "heldout": int(held.sum()), "steps": steps}
+    finish(STAGE, workdir, {"model": checkpoints.fingerprint(state.params), "scale": report["scale"]}, counts)
+    return True
+
+
+def encode(lm, templates, ai: list[dict], human: list[dict], drops: records.Drops) -> dict[str, np.ndarray]:
+    """Comparisons as arrays: tokens [N, 2, T] of prompt + response + EOS, lengths [N, 2], p_a [N], human [N]."""
+    rows, p_a, is_human = [], [], []
+    for record, source in [(r, 0.0) for r in ai] + [(r, 1.0) for r in human]:
+        prompt = lm.tok.encode(prompts.dialogue(record["messages"], templates))
+        pair = [prompt + lm.tok.encode(prompts.completion(record[k])) + [lm.tok.eos_id] for k in ("response_a", "response_b")]
+        if drops.keep(max(map(len, pair)) <= lm.cfg.max_length, "longer than the context"):
+            rows += pair
+            p_a.append(record["p_a"])
+            is_human.append(source)
+    tokens, lengths = pad_rows(rows, bucket(max(map(len, rows))))
+    return {
+        "tokens": tokens.reshape(-1, 2, tokens.shape[1]),
+        "lengths": lengths.reshape(-1, 2),
+        "p_a": np.array(p_a, np.float32),
+        "human": np.array(is_human, np.float32),
+    }
+
+
+def pair_scores(net, params, tokens_B2T, lengths_B2):
+    """-> the two responses' scores, float32 [B, 2]."""
+    B, _, T = tokens_B2T.shape
+    return reward_scores(net, params, tokens_B2T.reshape(2 * B, T), lengths_B2.reshape(2 * B)).reshape(B, 2)
+
+
+def reward_loss(net):
+    def loss_fn(params, batch, key):
+        scores_B2 = pair_scores(net, params, batch["tokens"], batch["lengths"])
+        a, b, mask = scores_B2[:, 0], scores_B2[:, 1], batch["row_mask"]
+        right = ((a > b) == (batch["p_a"] > 0.5)).astype(a.dtype)
+        return soft_preference_loss(a, b, batch["p_a"], mask), {"accuracy": masked_mean(right, mask)}
+
+    return loss_fn
+
+
+def evaluate(net, params, arrays, held, batch_size: int, mesh) -> dict:
+    """Held-out accuracy and calibration by source, and the scale of the scores over the responses of AI comparisons."""
+    batch_at, steps = epochs(arrays, batch_size, 1, 0, "evaluation")
+    order_at, _ = epochs({"index": np.arange(len(held))}, batch_size, 1, 0, "evaluation")
+    scores = np.zeros((len(held), 2))
+    score = jax.jit(partial(pair_scores, net))
+    for t in range(steps):
+        batch, index = put_batch(batch_at(t), mesh), order_at(t)
+        real = index["row_mask"] > 0
+        scores[index["index"][real]] = np.asarray(score(params, batch["tokens"], batch["lengths"]))[real]
+    p_model = 1 / (1 + np.exp(scores[:, 1] - scores[:, 0]))
+    human = arrays["human"] > 0
+    report = {"scale": {"mean": float(scores[~human].mean()), "std": float(max(scores[~human].std(), 1e-6))}}
+    for name, rows in (("ai", held & ~human), ("human", held & human)):
+        report[name] = agreement(p_model[rows], arrays["p_a"][rows].astype(float))
+    return report
+
+
+def agreement(p_model: np.ndarray, p_label: np.ndarray) -> dict:
+    """Accuracy (same side of 0.5; labels at exactly 0.5 do not count), expected calibration error and its table."""
+    decided = p_label != 0.5
+    bins = np.minimum((p_model * BINS).astype(int), BINS - 1)
+    table = [
+        {"p_model": float(p_model[bins == i].mean()), "p_label": float(p_label[bins == i].mean()), "n": int((bins == i).sum())}
+        for i in range(BINS)
+        if (bins == i).any()
+    ]
+    n = len(p_model)
+    return {
+        "n": n,
+        "accuracy": float(np.mean((p_model > 0.5)[decided] == (p_label > 0.5)[decided])) if decided.any() else 0.0,
+        "calibration_error": sum(r["n"] * abs(r["p_model"] - r["p_label"]) for r in table) / n if n else 0.0,
+        "calibration": table,
+    }

@@ -1,0 +1,58 @@
+"""Supervised fine-tuning (paper 3.1): the pretrained base on revisions mixed with helpful responses, loss on completions."""
+
+from pathlib import Path
+
+import jax
+
+from cai_jax import checkpoints, optim, prompts, records
+from cai_jax.config import Config
+from cai_jax.data import epochs, pack
+from cai_jax.stages import inputs_of, load_constitution, load_lm, stream
+from cai_jax.train import fit, init_state, language_model_loss, make_train_step
+from cai_jax.workdir import begin, finish
+
+STAGE = "sft"
+
+
+def targets(cfg: Config, workdir: Path, drops: records.Drops) -> list[tuple[list[dict], str]]:
+    """(messages, completion) pairs. Texts that were cut off or are empty teach nothing good and are counted out."""
+    out = []
+
+    def add(messages, text: str, finished: bool, what: str) -> None:
+        if drops.keep(finished, f"{what} cut off") and drops.keep(bool(text), f"{what} empty"):
+            out.append((messages, text))
+
+    for r in records.read(workdir / "critique" / "revisions.jsonl", ("messages", "response", "rounds")):
+        rounds = r["rounds"] if cfg.sft.revisions == "all" else r["rounds"][-1:]
+        for revised in rounds:
+            add(r["messages"], revised["revision"], revised["finished"], "revision")
+        if not r["rounds"]:
+            add(r["messages"], r["response"], r["finished"], "response")
+    for r in records.read(workdir / "critique" / "helpful.jsonl", ("messages", "response")):
+        add(r["messages"], r["response"], r["finished"], "helpful response")
+    return out
+
+
+def run(cfg: Config, workdir: Path, mesh) -> bool:
+    """Writes sft/checkpoints (training state), sft/model (parameters) and sft/metrics.jsonl."""
+    folder, c = workdir / STAGE, cfg.sft
+    if not begin(STAGE, workdir, inputs_of(cfg, workdir, STAGE, after=("critique",))):
+        return False
+    lm, templates, drops = load_lm(cfg, workdir, mesh), load_constitution(cfg).templates, records.Drops()
+    pairs = targets(cfg, workdir, drops)
+    examples = []
+    for messages, text in pairs:
+        prompt = lm.tok.encode(prompts.dialogue(messages, templates))
+        examples.append((prompt + lm.tok.encode(prompts.completion(text)) + [lm.tok.eos_id], len(prompt)))
+    rows = pack(examples, c.length, drops)
+    kept = int(sum((rows["segments"].max(axis=1))))
+    batch_at, steps = epochs(rows, c.rows, c.epochs, cfg.seed, STAGE)
+    tx = optim.make(c.optimizer, steps)
+    step = make_train_step(language_model_loss(lm.net(remat=cfg.model.remat)), tx, mesh, c.microbatches)
+    state = init_state(lm.params, tx, mesh)
+    state = fit(STAGE, folder, state, step, batch_at, steps, stream(cfg, STAGE), c.checkpoint_every, mesh)
+    checkpoints.save_model(folder, state.params)
+    counts = drops.counts(kept + drops.reasons.total(), kept)
+    counts |= {"rows": len(rows["tokens"]), "steps": steps, "target_tokens": int(rows["weights"].sum())}
+    finish(STAGE, workdir, {"model": checkpoints.fingerprint(state.params)}, counts | {"devices": jax.device_count()})
+    return True

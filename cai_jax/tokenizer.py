@@ -1,0 +1,57 @@
+"""Text <-> token ids. The only file that imports transformers' tokenizers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cai_jax.workdir import InputError
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """`hf` is the underlying tokenizer; pad and EOS ids always differ in meaning, even where a checkpoint shares one id:
+    lengths are data in this project, so nothing is ever found by comparing ids with pad."""
+
+    hf: Any
+    eos_id: int
+    pad_id: int
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.hf)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text. A control token spelled out in `text` stays text; nothing is added."""
+        return self.hf(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def decode(self, ids) -> str:
+        """Text of ids, control tokens left out."""
+        return self.hf.decode([int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def options(self, context: str, options: tuple[str, ...]) -> tuple[list[int], list[list[int]]]:
+        """A context and the ids of each option as the tokenizer splits context + option.
+
+        A tokenizer may join the end of the context with the start of an option; the context given back is the part that
+        all encodings share, and each option is what follows it, so log-probs of whole options can be compared.
+        """
+        context_ids = self.encode(context)
+        full = [self.encode(context + o) for o in options]
+        shared = len(context_ids)
+        while shared and any(ids[:shared] != context_ids[:shared] for ids in full):
+            shared -= 1
+        if not shared:
+            raise InputError(f"the tokenizer leaves nothing in common between the context and the options {options}")
+        return context_ids[:shared], [ids[shared:] for ids in full]
+
+
+def load(path: str) -> Tokenizer:
+    """The tokenizer of a folder in Hugging Face format. Raises InputError when it is missing or has no EOS."""
+    from transformers import AutoTokenizer
+
+    if not (Path(path) / "tokenizer_config.json").is_file():
+        raise InputError(f"no tokenizer at {path}: wanted a folder with tokenizer_config.json (--config.model.path)")
+    hf = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    if hf.eos_token_id is None:
+        raise InputError(f"the tokenizer at {path} has no eos_token, so no response could end")
+    pad = hf.pad_token_id if hf.pad_token_id is not None else hf.eos_token_id
+    return Tokenizer(hf, hf.eos_token_id, pad)

@@ -1,0 +1,112 @@
+"""The training loop of every stage: SFT, reward, DPO and PPO differ only in their loss function and their data."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cai_jax import checkpoints
+from cai_jax.losses import cross_entropy, masked_mean
+from cai_jax.metrics import Metrics
+from cai_jax.progress import Progress
+from cai_jax.score import hidden_states, target_logprobs
+from cai_jax.sharding import BATCH, P, put_batch, shard_init, shardings
+from cai_jax.workdir import Stopped, stopping
+
+
+class TrainState(NamedTuple):
+    step: jax.Array  # int32, updates done
+    params: Any
+    opt_state: Any
+
+
+def language_model_loss(net):
+    """loss_fn of SFT and pretraining: weighted cross-entropy on a packed batch (see data.pack)."""
+
+    def loss_fn(params, batch, key):
+        logp, entropy = target_logprobs(net, params, hidden_states(net, params, batch), batch["targets"])
+        loss = cross_entropy(logp, batch["weights"])
+        return loss, {"entropy": masked_mean(entropy, batch["weights"]), "target_tokens": jnp.sum(batch["weights"] > 0)}
+
+    return loss_fn
+
+
+def init_state(params, tx: optax.GradientTransformation, mesh) -> TrainState:
+    """A fresh state around sharded parameters; the optimizer's arrays lie as the parameters do."""
+    return TrainState(jnp.zeros((), jnp.int32), params, shard_init(tx.init, mesh, params))
+
+
+def abstract(tree, mesh):
+    """ShapeDtypeStructs with target shardings, to restore onto."""
+    shapes = jax.eval_shape(lambda: tree)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings(shapes, mesh))
+
+
+def make_train_step(loss_fn: Callable, tx: optax.GradientTransformation, mesh, microbatches: int = 1):
+    """-> jitted (state, batch, key) -> (state, metrics). The state is donated.
+
+    loss_fn(params, batch, key) -> (loss, metrics). `microbatches`: the batch is split that many ways along B and gradients
+    are averaged, so losses that are means over the batch keep their scale when the parts weigh the same.
+    """
+
+    def gradient(params, batch, key):
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
+        return grads, {"loss": loss, **metrics}
+
+    def accumulate(params, batch, key):
+        parts = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
+
+        def one(total, part):
+            i, rows = part
+            rows = jax.lax.with_sharding_constraint(rows, P(BATCH))
+            out = gradient(params, rows, jax.random.fold_in(key, i))
+            return jax.tree.map(jnp.add, total, out), None
+
+        first = jax.tree.map(lambda x: x[0], parts)
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, params, first, key))
+        total, _ = jax.lax.scan(one, zero, (jnp.arange(microbatches), parts))
+        return jax.tree.map(lambda x: x / microbatches, total)
+
+    def step(state: TrainState, batch, key):
+        key = jax.random.fold_in(key, state.step)
+        grads, metrics = (gradient if microbatches == 1 else accumulate)(state.params, batch, key)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = metrics | {"gradient_norm": optax.global_norm(grads)}
+        state = TrainState(state.step + 1, params, opt_state)
+        return jax.lax.with_sharding_constraint(state, shardings(state, mesh)), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def fit(name: str, folder: Path, state: TrainState, step_fn, batch_at: Callable[[int], dict], steps: int, key, every: int, mesh):
+    """Runs `step_fn` until `steps` updates are done, resuming from and saving to `folder`/checkpoints. -> the final state.
+
+    batch_at(t) -> host arrays: a pure function of the step. Metrics are read one step late, so that the host never waits for
+    the step it has just started; a checkpoint is only written after its last loss was seen to be finite.
+    """
+    saver = checkpoints.Saver(folder / "checkpoints")
+    if checkpoints.steps(saver.folder):
+        state = checkpoints.restore(saver.folder, abstract(state, mesh))
+    start = int(state.step)
+    log = Metrics(folder, start)
+    pending = None
+    with Progress(name, steps, start, "step") as progress:
+        for t in range(start, steps):
+            state, metrics = step_fn(state, put_batch(batch_at(t), mesh), key)
+            if pending is not None:
+                progress.update(t, log.add(t - 1, pending))
+            pending = metrics
+            last = t + 1 == steps
+            if last or stopping() or (t + 1) % every == 0:
+                progress.update(t + 1, log.add(t, pending))
+                pending = None
+                saver.save(t + 1, state)
+            if stopping() and not last:
+                saver.close()
+                raise Stopped(f"{name} stopped on request after step {t + 1} of {steps}; the same command goes on from there")
+    saver.close()
+    return state

@@ -1,0 +1,10 @@
+"""The whole method on the embedded world.
+
+    cai run --config=configs/miniworld.py --workdir=runs/quickstart
+"""
+
+from cai_jax.config import default
+
+
+def get_config():
+    return default()

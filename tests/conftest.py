@@ -1,0 +1,28 @@
+"""Eight simulated CPU devices for every test, strict promotion, and where samples of public data may lie."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def mesh1():
+    """One device: what a laptop is."""
+    from cai_jax.sharding import make_mesh
+
+    return make_mesh((1, 1, 1), jax.devices()[:1])
+
+
+@pytest.fixture(scope="session")
+def mesh8():
+    """(2, 2, 2): every axis in use."""
+    from cai_jax.sharding import make_mesh
+
+    return make_mesh((2, 2, 2))
