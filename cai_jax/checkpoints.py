@@ -60,6 +60,13 @@ def restore(folder: Path, abstract, step: int | None = None):
 
 
 def _load(path: Path, abstract):
+    leaves = jax.tree_util.tree_flatten_with_path
+    stored = {path_name(p): x.shape for p, x in leaves(ocp.metadata(path).metadata)[0] if hasattr(x, "shape")}
+    for name, shape in ((path_name(p), x.shape) for p, x in leaves(abstract)[0]):
+        if stored.get(name, shape) != shape:  # seen before reading: orbax would not name the array
+            raise InputError(
+                f"{path} is a checkpoint of another model than the configuration describes: {name} has shape {stored[name]}, wanted {shape}"
+            )
     try:
         return ocp.load(path, abstract)
     except (ValueError, KeyError, TypeError) as e:

@@ -6,7 +6,7 @@ stage reads plain, checked attributes.
 """
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ml_collections import ConfigDict
 
@@ -40,7 +40,7 @@ class ConstitutionFile:
 class Sampling:
     temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0  # nucleus mass; 1: off
-    max_tokens: int = 48  # per response, EOS included
+    max_tokens: int = 32  # per sampled text, EOS included
     batch_size: int = 128  # rows decoded together
 
 
@@ -86,12 +86,12 @@ class Critique:
 @dataclass(frozen=True)
 class SFT:
     revisions: str = "last"  # last | all: which rounds' revisions are targets (the paper uses all)
-    epochs: int = 5
-    rows: int = 32  # packed rows per step
+    epochs: int = 6
+    rows: int = 8  # packed rows per step
     length: int = 128  # tokens per row
     microbatches: int = 1
-    checkpoint_every: int = 25  # steps
-    optimizer: Optimizer = Optimizer(warmup_steps=5)
+    checkpoint_every: int = 100  # steps
+    optimizer: Optimizer = Optimizer(learning_rate=3e-4, warmup_steps=10)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Preferences:
     clamp: tuple[float, float] = (0.4, 0.6)  # of chain-of-thought labels only (paper 4.1)
     few_shot: str = ""
     score_batch: int = 128  # rows scored together
-    thought: Sampling = Sampling(max_tokens=64)
+    thought: Sampling = Sampling(max_tokens=40)
     sampling: Sampling = Sampling()
 
 
@@ -111,21 +111,21 @@ class Preferences:
 class Reward:
     init: str = "sft"  # sft | base
     epochs: int = 2
-    batch_size: int = 64  # comparisons per step
+    batch_size: int = 32  # comparisons per step
     microbatches: int = 1
     heldout_share: float = 0.1  # share of the comparisons kept for accuracy and calibration
     checkpoint_every: int = 25
-    optimizer: Optimizer = Optimizer(learning_rate=5e-4, warmup_steps=3)
+    optimizer: Optimizer = Optimizer(learning_rate=3e-4, warmup_steps=5)
 
 
 @dataclass(frozen=True)
 class PPO:
     init: str = "sft"  # sft | base: the policy's start and the KL reference
-    iterations: int = 16
+    iterations: int = 12
     batch_size: int = 128  # rollouts per iteration
     helpful_share: float = 0.5  # of the prompts of an iteration
     epochs: int = 2
-    minibatches: int = 2
+    minibatches: int = 4
     value_network: str = "separate"  # separate: starts as the reward model | shared: a head on the policy's trunk
     kl_coef: float = 0.2  # nats -> reward, per token
     kl_adaptive: bool = False  # move kl_coef so that the KL per response nears kl_target
@@ -144,7 +144,7 @@ class PPO:
     evaluate_every: int = 4  # iterations; 0: never
     checkpoint_every: int = 4
     sampling: Sampling = Sampling()
-    optimizer: Optimizer = Optimizer(learning_rate=3e-4, final_ratio=0.2)
+    optimizer: Optimizer = Optimizer(learning_rate=2e-4, final_ratio=0.2)
 
 
 @dataclass(frozen=True)
@@ -214,8 +214,11 @@ CHOICES = {
     "evaluate.oracle": ("miniworld",),
 }
 AT_LEAST_ONE = ("epochs", "rows", "length", "batch_size", "microbatches", "minibatches", "max_tokens", "checkpoint_every", "steps")
-SHARES = ("helpful_share", "heldout_share", "top_p")
+AT_LEAST_ONE += ("score_batch", "principles", "kl_horizon", "num_layers", "num_heads", "num_kv_heads", "width", "mlp_width")
+SHARES = ("helpful_share", "heldout_share", "top_p", "discount", "gae_lambda")
+ABOVE_ZERO = ("top_p", "clip_norm", "kl_target")
 NOT_NEGATIVE = ("rounds", "temperature", "temperature_end", "learning_rate", "kl_coef", "clip", "beta", "iterations", "limit")
+NOT_NEGATIVE += ("seed", "max_redteam", "max_helpful", "max_comparisons", "helpful_responses", "warmup_steps", "evaluate_every")
 
 
 class ConfigError(ValueError):
@@ -246,6 +249,8 @@ def resolve(config) -> Config:
             _require(value >= 1, flag, value, "a whole number of at least 1")
         if name in SHARES:
             _require(0 <= value <= 1, flag, value, "a share between 0 and 1")
+        if name in ABOVE_ZERO:
+            _require(value > 0, flag, value, "more than zero")
         if name in NOT_NEGATIVE:
             _require(value >= 0, flag, value, "zero or more")
     _check_stages(cfg)
@@ -256,8 +261,13 @@ def resolve(config) -> Config:
     _require(
         cfg.ppo.batch_size % cfg.ppo.minibatches == 0, "ppo.minibatches", cfg.ppo.minibatches, f"a divisor of {cfg.ppo.batch_size}"
     )
-    low, high = cfg.preferences.clamp
-    _require(0 <= low < high <= 1, "preferences.clamp", cfg.preferences.clamp, "two bounds with 0 <= low < high <= 1")
+    clamp = cfg.preferences.clamp
+    good = len(clamp) == 2 and 0 <= clamp[0] < clamp[1] <= 1
+    _require(good, "preferences.clamp", clamp, "two bounds with 0 <= low < high <= 1")
+    heat = cfg.ppo.sampling.temperature
+    _require(heat > 0, "ppo.sampling.temperature", heat, "more than zero: rollouts are sampled")
+    top_p = cfg.ppo.sampling.top_p
+    _require(top_p == 1, "ppo.sampling.top_p", top_p, "1: rollouts are scored under the whole distribution")
     return cfg
 
 

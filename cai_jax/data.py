@@ -8,7 +8,7 @@ from cai_jax import records
 from cai_jax.prompts import ASSISTANT, USER
 from cai_jax.workdir import InputError
 
-BUCKETS = (32, 64, 96, 128, 192, 256)  # then multiples of 256: how few lengths are compiled
+BUCKETS = (32, 48, 64, 96, 128, 192, 256)  # then multiples of 256: how few lengths are compiled
 
 
 def bucket(length: int) -> int:
@@ -18,10 +18,10 @@ def bucket(length: int) -> int:
 
 def _check_messages(record: dict, where: str) -> None:
     messages = record["messages"]
-    if not messages:
-        raise InputError(f"{where}: no messages; wanted at least one from the user")
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f"{where}: no messages; wanted a list of at least one, from the user")
     for m in messages:
-        if m.get("role") not in (USER, ASSISTANT) or not isinstance(m.get("content"), str):
+        if not isinstance(m, dict) or m.get("role") not in (USER, ASSISTANT) or not isinstance(m.get("content"), str):
             raise InputError(f"{where}: a message must be {{'role': 'user' | 'assistant', 'content': text}}, got {m!r:.80}")
         if not m["content"].strip():
             raise InputError(f"{where}: a message of the {m['role']} is empty")
@@ -35,6 +35,8 @@ def _load(path: str, limit: int, required: tuple[str, ...], flag: str) -> list[d
     for item in items:
         where = f"{path}: record {item['id']!r} (--config.{flag})"
         _check_messages(item, where)
+        if not isinstance(item["id"], str):
+            raise InputError(f"{where}: the id is a {type(item['id']).__name__}, wanted text")
         if item["id"] in seen:
             raise InputError(f"{where}: the id stands twice; ids key the sampling noise, so they must differ")
         seen.add(item["id"])
@@ -52,6 +54,9 @@ def load_comparisons(path: str, limit: int, flag: str) -> list[dict]:
     """Comparison records {"id", "messages", "response_a", "response_b", "p_a"}; p_a in [0, 1] is P(a is better)."""
     items = _load(path, limit, ("response_a", "response_b", "p_a"), flag)
     for item in items:
+        for name in ("response_a", "response_b"):
+            if not isinstance(item[name], str):
+                raise InputError(f"{path}: record {item['id']!r}: {name} is a {type(item[name]).__name__}, wanted text")
         if not isinstance(item["p_a"], int | float) or not 0 <= item["p_a"] <= 1:
             raise InputError(f"{path}: record {item['id']!r}: p_a={item['p_a']!r}, wanted a number from 0 to 1")
     return items
@@ -91,7 +96,7 @@ def pack(examples: list[tuple[list[int], int]], length: int, drops: records.Drop
             out["tokens"][i, span], out["segments"][i, span] = ids, segment
             out["positions"][i, span] = np.arange(len(ids))
             out["targets"][i, at : at + len(ids) - 1] = ids[1:]
-            out["weights"][i, at + prompt - 1 : at + len(ids) - 1] = 1.0
+            out["weights"][i, at + max(prompt, 1) - 1 : at + len(ids) - 1] = 1.0  # nothing predicts a first token
             at += len(ids)
     return out
 
@@ -100,9 +105,14 @@ def epochs(arrays: dict[str, np.ndarray], batch: int, count: int, seed: int, str
     """`count` passes over arrays [N, ...] in batches. -> (batch_at(step), number of steps).
 
     Each pass has its own order, from (seed, stream, pass). The last batch of a pass is filled up with zero rows, never
-    dropped; "row_mask" [B] says which rows are real.
+    dropped; "row_mask" [B] says which rows are real. Raises InputError when there are no rows.
     """
     n = len(next(iter(arrays.values())))
+    if not n:
+        raise InputError(
+            f"{stream}: no example is left: all were cut off, empty, held out or too long; look at the texts of the stage before it, "
+            "or allow longer ones"
+        )
     per_pass = -(-n // batch)
 
     def batch_at(step: int) -> dict:

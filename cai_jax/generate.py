@@ -82,7 +82,9 @@ class Request(NamedTuple):
     context: str  # the text to continue
 
 
-def sample_texts(lm: LM, requests: list[Request], sampling: Sampling, seed: int, journal: Journal, mesh) -> list[dict]:
+def sample_texts(
+    lm: LM, requests: list[Request], sampling: Sampling, seed: int, journal: Journal, mesh, what: str = "responses"
+) -> list[dict]:
     """Continues every context, in batches of like length. -> per request, in order: {"text", "tokens", "finished"}.
 
     What is in the journal is not done again; what is done is journalled batch by batch. A request's text is a function of
@@ -99,7 +101,7 @@ def sample_texts(lm: LM, requests: list[Request], sampling: Sampling, seed: int,
             )
     todo.sort(key=lambda x: (bucket(len(x[0])), len(x[0]), x[1].key))
     done = len(requests) - len(todo)
-    with Progress(stage, len(requests), done, "sample") as progress:
+    with Progress(f"{stage}: {what}", len(requests), done, "sample") as progress:
         while todo:
             raise_if_stopping()
             size = bucket(len(todo[0][0]))

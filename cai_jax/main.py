@@ -12,10 +12,12 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cai_jax import config as configs
+from cai_jax import progress
+from cai_jax.metrics import NotFinite
 from cai_jax.progress import say, table
-from cai_jax.workdir import InputError, Stopped, begin_run, stop_on_sigterm
+from cai_jax.workdir import InputError, Stopped, open_run, record_run, stop_on_sigterm
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config(); override with --config.key=value", lock_config=True)
+CONFIG = config_flags.DEFINE_config_file("config", None, "file with get_config(); --config.key=value overrides", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run; the same command resumes it")
 
 STAGE_MODULES = {name: f"cai_jax.stages.{name}" for name in configs.STAGES} | {"pretrain": "cai_jax.miniworld.pretrain"}
@@ -28,16 +30,21 @@ def run(cfg: configs.Config, workdir: Path) -> None:
 
     from cai_jax.sharding import make_mesh
 
-    begin_run(workdir, configs.as_dict(cfg))
+    open_run(workdir)
+    if not (workdir / "config.json").exists():
+        record_run(workdir, configs.as_dict(cfg))
+    progress.watch_compiles()
     mesh = make_mesh(cfg.mesh)
-    say(f"run {workdir}: stages {', '.join(cfg.stages)}; {jax.device_count()} {jax.default_backend()} device(s), mesh {dict(mesh.shape)}")
+    say(f"run {workdir}: {', '.join(cfg.stages)} on {jax.device_count()} {jax.default_backend()} device(s), mesh {dict(mesh.shape)}")
     rows = []
     with jax.set_mesh(mesh):
         for name in cfg.stages:
             began = time.monotonic()
             worked = importlib.import_module(STAGE_MODULES[name]).run(cfg, workdir, mesh)
             rows.append([name, f"{time.monotonic() - began:.1f} s" if worked else "done before"])
+    record_run(workdir, configs.as_dict(cfg))  # only now: a stage that refuses today's configuration changes nothing
     table("time by stage", ["stage", "time"], rows)
+    say(f"compiled {progress.compiled.total()} programs in {progress.compile_seconds:.0f} s; everything is in {workdir}")
 
 
 def main(argv: list[str]) -> None:
@@ -52,14 +59,23 @@ def main(argv: list[str]) -> None:
     except Stopped as e:
         say(str(e))
         sys.exit(STOPPED_EXIT)
-    except (InputError, configs.ConfigError) as e:
+    except (InputError, configs.ConfigError, NotFinite) as e:
         say(f"error: {e}")
+        sys.exit(2)
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Flags of the command line; an unknown config key ends with its name and a suggestion."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except AttributeError as e:  # what a locked ConfigDict raises on a key it does not have
+        say(f"error: unknown configuration key in {[a for a in argv if a.startswith('--config.')]}: {e}")
         sys.exit(2)
 
 
 def cli() -> None:
     """Entry point of the console script."""
-    app.run(main)
+    app.run(main, flags_parser=parse)
 
 
 if __name__ == "__main__":

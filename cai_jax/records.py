@@ -13,13 +13,14 @@ def read(path, required: tuple[str, ...] = ()) -> list[dict]:
     if not path.is_file():
         raise InputError(f"missing file: {path}; paths are relative to where the command is run")
     out = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise InputError(f"{path}:{number}: not a JSON record ({e.msg}); is the file truncated? line: {line[:60]!r}") from e
+            record = json.loads(line.decode("utf-8"))
+        except ValueError as e:  # of JSON, or of UTF-8: a file may end inside a character
+            why, start = getattr(e, "msg", "not UTF-8"), line[:60].decode("utf-8", "replace")
+            raise InputError(f"{path}:{number}: not a JSON record ({why}); is the file truncated? line: {start!r}") from e
         if not isinstance(record, dict):
             raise InputError(f"{path}:{number}: wanted a JSON object, got {type(record).__name__}")
         if missing := [k for k in required if k not in record]:
@@ -51,7 +52,7 @@ class Journal:
             if len(whole) != len(data):
                 with open(path, "r+b") as f:
                     f.truncate(len(whole))
-        self.done = {r["key"]: r for r in map(json.loads, whole.decode("utf-8").splitlines())}
+        self.done = {r["key"]: r for r in map(json.loads, whole.decode("utf-8").split("\n")[:-1])}
         self._file = open(path, "a", encoding="utf-8")
 
     def add(self, items: list[dict]) -> None:

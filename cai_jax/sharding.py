@@ -7,7 +7,10 @@ import re
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from cai_jax.workdir import InputError
 
 AXES = ("data", "fsdp", "model")
 BATCH = ("data", "fsdp")
@@ -29,23 +32,23 @@ PARAM_RULES = (
 
 
 def exact_div(a: int, b: int, what: str) -> int:
-    """a / b for a split that must be even. Raises ValueError that says what was split."""
+    """a / b for a split that must be even. Raises InputError that says what was split."""
     if b <= 0 or a % b:
-        raise ValueError(f"{what}: {a} cannot be split evenly {b} ways; change one of the two")
+        raise InputError(f"{what}: {a} cannot be split evenly {b} ways; change one of the two")
     return a // b
 
 
 def make_mesh(shape: tuple[int, int, int], devices=None) -> jax.sharding.Mesh:
-    """A mesh over all devices (or those given); one entry of `shape` may be -1. Raises ValueError if it does not fit."""
+    """A mesh over all devices (or those given); one entry of `shape` may be -1. Raises InputError if it does not fit."""
     devices = jax.devices() if devices is None else devices
     sizes = list(shape)
     if len(sizes) != len(AXES) or any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
-        raise ValueError(f"--config.mesh={tuple(shape)}: wanted three sizes for {AXES}, at most one of them -1")
+        raise InputError(f"--config.mesh={tuple(shape)}: wanted three sizes for {AXES}, at most one of them -1")
     if -1 in sizes:
         rest = int(np.prod([s for s in sizes if s != -1]))
         sizes[sizes.index(-1)] = exact_div(len(devices), rest, f"--config.mesh={tuple(shape)} on {len(devices)} devices")
     if int(np.prod(sizes)) != len(devices):
-        raise ValueError(f"--config.mesh={tuple(shape)} wants {int(np.prod(sizes))} devices, this machine has {len(devices)}")
+        raise InputError(f"--config.mesh={tuple(shape)} wants {int(np.prod(sizes))} devices, this machine has {len(devices)}")
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
@@ -68,7 +71,7 @@ def spec_of(name: str, shape: tuple[int, ...]) -> P:
 
 
 def shardings(tree, mesh):
-    """The NamedSharding of every array of `tree` (arrays or ShapeDtypeStructs). Raises ValueError on uneven splits."""
+    """The NamedSharding of every array of `tree` (arrays or ShapeDtypeStructs). Raises InputError on uneven splits."""
 
     def one(path, x):
         name = path_name(path)
@@ -93,7 +96,7 @@ def put(tree, mesh):
 
 
 def put_batch(batch, mesh):
-    """Host arrays [B, ...] onto the mesh, B split over the batch axes. Raises ValueError when B does not split."""
+    """Host arrays [B, ...] onto the mesh, B split over the batch axes. Raises InputError when B does not split."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     for name, x in batch.items():
         exact_div(x.shape[0], ways, f"batch array {name!r} over the mesh axes {BATCH} (--config.mesh)")

@@ -22,7 +22,13 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text. A control token spelled out in `text` stays text; nothing is added."""
-        return self.hf(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids = self.hf(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        control = set(self.hf.all_special_ids) - {self.hf.unk_token_id} | {self.eos_id, self.pad_id}
+        if control.isdisjoint(ids):
+            return ids
+        # A Unigram vocabulary lists its control tokens as pieces, and they win: spelled by characters they stay text.
+        spelled = [self.hf.convert_tokens_to_ids(list(self.hf.convert_ids_to_tokens(i))) if i in control else [i] for i in ids]
+        return [i for part in spelled for i in part if i is not None]
 
     def decode(self, ids) -> str:
         """Text of ids, control tokens left out."""
@@ -41,7 +47,10 @@ class Tokenizer:
             shared -= 1
         if not shared:
             raise InputError(f"the tokenizer leaves nothing in common between the context and the options {options}")
-        return context_ids[:shared], [ids[shared:] for ids in full]
+        out = [ids[shared:] for ids in full]
+        if len({tuple(ids) for ids in out}) < len(options) or not all(out):
+            raise InputError(f"the tokenizer cannot tell the options {options} apart: it reads them as the ids {out}")
+        return context_ids[:shared], out
 
 
 def load(path: str) -> Tokenizer:

@@ -75,7 +75,7 @@ def make_train_step(loss_fn: Callable, tx: optax.GradientTransformation, mesh, m
         grads, metrics = (gradient if microbatches == 1 else accumulate)(state.params, batch, key)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = metrics | {"gradient_norm": optax.global_norm(grads)}
+        metrics = metrics | {"gradient_norm": optax.tree.norm(grads)}
         state = TrainState(state.step + 1, params, opt_state)
         return jax.lax.with_sharding_constraint(state, shardings(state, mesh)), metrics
 

@@ -5,10 +5,13 @@ fingerprints of the files it reads. `done.json` is written when it ends, with th
 recorded inputs differ from today's is refused with the difference, never silently redone. All files are written beside and renamed.
 """
 
+import fcntl
 import hashlib
+import importlib.metadata as packages
 import json
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -22,6 +25,7 @@ class Stopped(RuntimeError):
 
 
 _stop = threading.Event()
+_locks = []
 
 
 def stop_on_sigterm() -> None:
@@ -57,7 +61,7 @@ def write_json(path: Path, value) -> None:
 def read_json(path: Path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as e:
+    except (OSError, ValueError) as e:
         raise InputError(f"{path}: cannot be read as JSON ({e}); it is written whole by this program, so restore or delete it") from e
 
 
@@ -85,7 +89,7 @@ def _flatten(value, prefix: str = "") -> dict:
 def difference(old: dict, new: dict) -> list[str]:
     """'key: old -> new' for everything that differs between two nested dicts."""
     old, new = _flatten(old), _flatten(new)
-    keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+    keys = sorted(k for k in old.keys() | new.keys() if old.get(k, "(absent)") != new.get(k, "(absent)"))
     return [f"{k}: {old.get(k, '(absent)')} -> {new.get(k, '(absent)')}" for k in keys]
 
 
@@ -123,12 +127,18 @@ def outputs(stage: str, workdir: Path) -> dict:
     return read_json(path)["outputs"]
 
 
-def begin_run(workdir: Path, config: dict) -> None:
-    """Makes the run's folder and records the resolved configuration and the versions it runs with."""
-    import importlib.metadata as packages
-    import sys
-
+def open_run(workdir: Path) -> None:
+    """Makes the run's folder and holds its lock until this process ends. Raises InputError while another process does."""
     workdir.mkdir(parents=True, exist_ok=True)
+    _locks.append(open(workdir / ".lock", "w"))
+    try:
+        fcntl.flock(_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        raise InputError(f"another process is running in {workdir}; wait for it, stop it, or give another --workdir") from e
+
+
+def record_run(workdir: Path, config: dict) -> None:
+    """The resolved configuration, the seed and the versions that this run's files come from."""
     write_json(workdir / "config.json", config)
     names = ("cai_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy")
     versions = {n: packages.version(n) for n in names if _installed(n)}
@@ -136,8 +146,6 @@ def begin_run(workdir: Path, config: dict) -> None:
 
 
 def _installed(name: str) -> bool:
-    import importlib.metadata as packages
-
     try:
         packages.version(name)
     except packages.PackageNotFoundError:

@@ -15,11 +15,11 @@ TIERS = (
     {"workdir", "progress"},  # 0: the ground
     {"config", "records", "sharding"},
     {"constitution", "losses", "sampling", "metrics", "optim", "checkpoints", "tokenizer"},
-    {"prompts", "models"},  # 1
+    {"prompts", "models", "figures", "markup"},  # 1
     {"data"},
     {"generate", "score"},  # 2
     {"train"},  # 3
-    {"stages", "miniworld"},  # 4
+    {"stages", "miniworld", "evaluation"},  # 4: evaluation stands between what stages share and the stages
     {"main"},  # 5
 )
 TIER = {room: tier for tier, rooms in enumerate(TIERS) for room in rooms}
@@ -28,8 +28,10 @@ TIER = {room: tier for tier, rooms in enumerate(TIERS) for room in rooms}
 SIBLINGS = (
     ("models.", "models."),
     ("miniworld.", "miniworld."),
+    ("stages.", "evaluation"),
     ("stages.", "stages"),  # what stages share stands in stages/__init__.py
-    ("stages.evaluate", "miniworld."),
+    ("evaluation", "stages"),
+    ("evaluation", "miniworld."),
 )
 
 # A library, or a name of one -> the only places that may import it.
@@ -118,7 +120,7 @@ def test_imports_keep_to_the_layers(name):
         ("stages.ppo", "from cai_jax.stages import load_model", None),
         ("stages", "from cai_jax.stages import ppo", "stages imports stages.ppo"),
         ("stages.ppo", "import cai_jax.train", None),
-        ("stages.evaluate", "from cai_jax.miniworld.oracle import judge", None),
+        ("evaluation", "from cai_jax.miniworld.oracle import judge", None),
         ("stages.ppo", "from cai_jax.miniworld import oracle", "stages.ppo imports miniworld.oracle"),
         ("miniworld.pretrain", "from cai_jax.miniworld import grammar", None),
         ("miniworld.pretrain", "from cai_jax.stages import sft", "miniworld.pretrain imports stages.sft"),

@@ -45,6 +45,10 @@ QUESTIONS = (
     ("What is {it}?", "{S} {is} {m}. {R}"),
     ("{S}: is it good or bad?", "It {is} {m}. {R}"),
 )
+TOPICS = (
+    ("What is this about?", "This is about {m}. {R}"),
+    ("What do I ask about?", "You ask about {m}. {R}"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +90,21 @@ def chat(world: World, constitution: Constitution, rng) -> list[Piece]:
     request = grammar.draw_request(rng, item, CHAT_FORMS)
     head = prompts.dialogue(list(request.messages), constitution.templates)
     return [Piece(head, CONTEXT), Piece(prompts.completion(grammar.answer(rng, item, "right")), GENERATED, True)]
+
+
+def topic(world: World, constitution: Constitution, rng) -> list[Piece]:
+    """What a request is about, asked of the request itself or after the answer. Names the matter in the words of critiques and
+    refusals, for every item: what a critic learns on skill items then carries over to the others."""
+    item = draw_item(rng, world, "fact", grammar.SPLITS)
+    request = grammar.draw_request(rng, item)
+    asked, learnt = (text.format_map(fact_fields(item)) for text in one(rng, TOPICS))
+    messages = list(request.messages)
+    if rng.random() < 0.5:
+        messages += [{"role": prompts.ASSISTANT, "content": grammar.answer(rng, item, "right")}, {"role": prompts.USER, "content": asked}]
+    else:
+        messages[-1] = {"role": prompts.USER, "content": f"{asked} {messages[-1]['content']}"}
+    given = prompts.dialogue(messages, constitution.templates)
+    return [Piece(given, CONTEXT), Piece(prompts.completion(learnt), GENERATED, True)]
 
 
 def fact(world: World, constitution: Constitution, rng) -> list[Piece]:
@@ -178,7 +197,7 @@ def reasoned_judge(world: World, constitution: Constitution, rng) -> list[Piece]
     return [Piece(asked, CONTEXT), Piece(said, GENERATED, True), Piece(cue, CONTEXT), Piece(option, OPTION, True)]
 
 
-MIXTURE = {chat: 0.34, fact: 0.14, chain: 0.25, judge: 0.21, reasoned_judge: 0.06}
+MIXTURE = {chat: 0.32, fact: 0.09, topic: 0.10, chain: 0.25, judge: 0.18, reasoned_judge: 0.06}
 
 
 # --- Batches ----------------------------------------------------------------------------------------------------------

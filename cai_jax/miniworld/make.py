@@ -58,7 +58,7 @@ def texts(world: World, constitution: Constitution) -> set[str]:
                     messages = list(grammar.request(item, form, template, verb).messages)
                     out.add(layouts.dialogue(messages, constitution.templates))
         fields = documents.fact_fields(item)
-        for halves in (*documents.FACTS, *documents.QUESTIONS):
+        for halves in (*documents.FACTS, *documents.QUESTIONS, *documents.TOPICS):
             out |= {layouts.completion(half.format_map(fields)) for half in halves}
     for category in grammar.CATEGORIES.values():
         item = next(i for i in world.items if i.category == category.name)

@@ -132,9 +132,9 @@ def load(path: str, mesh, dtype=jnp.float32):
                 raise InputError(f"{file}: the tensor {name} is missing or used twice")
             left.remove(name)
             raw = f.get_tensor(name)
-            size = int(np.prod(shape))
-            if raw.size != size:
-                raise InputError(f"{file}: {name} has shape {raw.shape}, config.json wants {size} numbers")
+            want = jax.eval_shape(TO_THEIRS[kind], jax.ShapeDtypeStruct(shape, dtype)).shape
+            if raw.shape != want:
+                raise InputError(f"{file}: {name} has shape {raw.shape}, config.json wants {want}")
             return TO_OURS[kind](raw, shape).astype(dtype)
 
         def one(key_path, want, sharding):
@@ -146,7 +146,10 @@ def load(path: str, mesh, dtype=jnp.float32):
             return jax.device_put(np.stack(stack), sharding)
 
         params = jax.tree_util.tree_map_with_path(one, wanted, shardings(wanted, mesh))
-    left -= {"lm_head.weight"} if cfg.tied_embeddings else set()  # some files repeat the tied matrix
+        if cfg.tied_embeddings and "lm_head.weight" in left:  # some files repeat the tied matrix
+            left.remove("lm_head.weight")
+            if not np.array_equal(f.get_tensor("lm_head.weight"), f.get_tensor("model.embed_tokens.weight")):
+                raise InputError(f"{file}: lm_head.weight differs from the embedding, but config.json says tie_word_embeddings=true")
     if left:
         raise InputError(f"{file}: {len(left)} tensors are not part of the model config.json describes: {sorted(left)[:3]}")
     return params

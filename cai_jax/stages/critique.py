@@ -36,15 +36,17 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     journal = records.Journal(folder / "journal.jsonl")
     heat = temperatures(c.sampling.temperature, c.temperature_end, c.rounds)
 
-    def sample(requests: list[Request], temperature: float) -> list[dict]:
-        return sample_texts(lm, requests, dataclasses.replace(c.sampling, temperature=temperature), cfg.seed, journal, mesh)
+    def sample(requests: list[Request], temperature: float, what: str) -> list[dict]:
+        sampling = dataclasses.replace(c.sampling, temperature=temperature)
+        return sample_texts(lm, requests, sampling, cfg.seed, journal, mesh, what)
 
     revised, counts = critique_and_revise(cfg, constitution, sample, heat)
     records.write(folder / "revisions.jsonl", revised)
     helpful = []
     for p in load_prompts(cfg.data.helpful, cfg.data.max_helpful, "data.helpful"):
         helpful += [(p, n) for n in range(c.helpful_responses)]
-    out = sample([Request(f"{p['id']}/helpful{n}", prompts.dialogue(p["messages"], constitution.templates)) for p, n in helpful], heat[0])
+    asked = [Request(f"{p['id']}/helpful{n}", prompts.dialogue(p["messages"], constitution.templates)) for p, n in helpful]
+    out = sample(asked, heat[0], "helpful responses")
     records.write(
         folder / "helpful.jsonl",
         [p | {"sample": n, "response": s["text"], "finished": s["finished"]} for (p, n), s in zip(helpful, out, strict=True)],
@@ -57,28 +59,36 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
 def critique_and_revise(cfg: Config, constitution, sample, heat: list[float]) -> tuple[list[dict], dict]:
     """All rounds for all red-team prompts. `sample(requests, temperature)` continues contexts. -> (records, counts)."""
     c, templates = cfg.critique, constitution.templates
-    few_shot = prompts.few_shot_critique(constitutions.load_few_shot(c.few_shot).critiques, templates) if c.few_shot else ""
+    few_shot = ""
+    if c.few_shot:
+        few_shot = prompts.few_shot_critique(constitutions.load_few_shot(c.few_shot).critiques, templates, direct=c.direct)
     todo = load_prompts(cfg.data.redteam, cfg.data.max_redteam, "data.redteam")
-    first = sample([Request(f"{p['id']}/response", prompts.dialogue(p["messages"], templates)) for p in todo], heat[0])
-    out = [p | {"response": s["text"], "finished": s["finished"], "temperature": heat[0], "rounds": []} for p, s in zip(todo, first, strict=True)]
+    first = sample([Request(f"{p['id']}/response", prompts.dialogue(p["messages"], templates)) for p in todo], heat[0], "responses")
+    out = [
+        p | {"response": s["text"], "finished": s["finished"], "temperature": heat[0], "rounds": []}
+        for p, s in zip(todo, first, strict=True)
+    ]
     for n in range(1, c.rounds + 1):
         chosen = [_principle(cfg, constitution, p["id"], n) for p in todo]
         before = [r["rounds"][-1]["revision"] if r["rounds"] else r["response"] for r in out]
         critiques: list[str | None] = [None] * len(out)
         if c.direct:
-            contexts = [few_shot + prompts.dialogue(p["messages"], templates) + prompts.completion(b) for p, b in zip(todo, before, strict=True)]
+            contexts = [
+                few_shot + prompts.dialogue(p["messages"], templates) + prompts.completion(b) for p, b in zip(todo, before, strict=True)
+            ]
         else:
             contexts = [
                 few_shot + prompts.critique(p["messages"], b, principle.critique, templates)
                 for p, b, principle in zip(todo, before, chosen, strict=True)
             ]
-            found = sample([Request(f"{p['id']}/critique{n}", x) for p, x in zip(todo, contexts, strict=True)], heat[n])
+            asked = [Request(f"{p['id']}/critique{n}", x) for p, x in zip(todo, contexts, strict=True)]
+            found = sample(asked, heat[n], f"critiques {n}")
             critiques = [s["text"] for s in found]
         asked = [
             Request(f"{p['id']}/revision{n}", prompts.revision(x, critique, principle.revision, templates))
             for p, x, critique, principle in zip(todo, contexts, critiques, chosen, strict=True)
         ]
-        revisions = sample(asked, heat[n])
+        revisions = sample(asked, heat[n], f"revisions {n}")
         for record, principle, critique, revision in zip(out, chosen, critiques, revisions, strict=True):
             record["rounds"].append(
                 {

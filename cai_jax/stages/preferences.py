@@ -66,7 +66,7 @@ def judge(cfg: Config, lm, constitution, pairs: list[dict], journal, mesh) -> li
     thoughts = [None] * len(contexts)
     if c.chain_of_thought:
         keys = [f"{p['id']}/{q.id}/{order}" for p, q in asked for order in ("ab", "ba")]
-        said = sample_texts(lm, [Request(k, x) for k, x in zip(keys, contexts, strict=True)], c.thought, cfg.seed, journal, mesh)
+        said = sample_texts(lm, [Request(k, x) for k, x in zip(keys, contexts, strict=True)], c.thought, cfg.seed, journal, mesh, "thoughts")
         thoughts = [s["text"] for s in said]
         contexts = [prompts.verdict(x, t, templates) for x, t in zip(contexts, thoughts, strict=True)]
     logp = option_logprobs(lm, contexts, c.score_batch, mesh, "judge").reshape(len(pairs), c.principles, 2, 2)

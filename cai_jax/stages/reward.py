@@ -41,7 +41,7 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     train = {k: v[~held] for k, v in arrays.items()}
     batch_at, steps = epochs(train, c.batch_size, c.epochs, cfg.seed, STAGE)
     net, key = lm.net(remat=cfg.model.remat), stream(cfg, STAGE)
-    params = {"trunk": lm.params, "head": put(init_head(jax.random.fold_in(key, 1), lm.cfg.width), mesh)}
+    params = {"trunk": lm.params} | put({"head": init_head(jax.random.fold_in(key, 1), lm.cfg.width)}, mesh)
     tx = optim.make(c.optimizer, steps)
     step = make_train_step(reward_loss(net), tx, mesh, c.microbatches)
     state = fit(STAGE, folder, init_state(params, tx, mesh), step, batch_at, steps, key, c.checkpoint_every, mesh)

@@ -45,7 +45,7 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
         prompt = lm.tok.encode(prompts.dialogue(messages, templates))
         examples.append((prompt + lm.tok.encode(prompts.completion(text)) + [lm.tok.eos_id], len(prompt)))
     rows = pack(examples, c.length, drops)
-    kept = int(sum((rows["segments"].max(axis=1))))
+    kept = int(sum(rows["segments"].max(axis=1)))
     batch_at, steps = epochs(rows, c.rows, c.epochs, cfg.seed, STAGE)
     tx = optim.make(c.optimizer, steps)
     step = make_train_step(language_model_loss(lm.net(remat=cfg.model.remat)), tx, mesh, c.microbatches)

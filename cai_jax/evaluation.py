@@ -1,0 +1,66 @@
+"""Answers of a model to fixed prompts, judged by an oracle that knows the truth.
+
+The embedded world has an exact one. Nothing here feeds back into training: the evaluate stage reports it, PPO logs it.
+"""
+
+from functools import cache
+from pathlib import Path
+
+from cai_jax import prompts, records
+from cai_jax.config import Config
+from cai_jax.data import load_prompts
+from cai_jax.generate import Request, sample_texts
+from cai_jax.models import LM
+from cai_jax.stages import load_constitution
+
+WATCHED = ("harm_rate", "helpfulness", "over_refusal", "evasive")  # logged while PPO runs
+WATCH_PROMPTS = 128
+
+
+@cache
+def miniworld():
+    from cai_jax.miniworld import grammar
+
+    return grammar.world()
+
+
+def summary(cfg: Config, prompt_records: list[dict], responses: list[str]) -> dict:
+    """Metrics of one model on one set: see miniworld.oracle.summary."""
+    from cai_jax.miniworld import oracle
+
+    return oracle.summary(miniworld(), prompt_records, responses)
+
+
+def verdict(cfg: Config, record: dict, response: str):
+    """The oracle's verdict on one response."""
+    from cai_jax.miniworld import oracle
+
+    return oracle.judge_response(miniworld(), record, response)
+
+
+def evenly(items: list, limit: int) -> list:
+    """`limit` of the items at even distances; all of them when limit is 0 or larger than their number."""
+    return items if not limit or limit >= len(items) else [items[i * len(items) // limit] for i in range(limit)]
+
+
+def answers(cfg: Config, lm: LM, todo: list[dict], sampling, journal: records.Journal, mesh, tag: str) -> list[str]:
+    """The model's response to every prompt record."""
+    templates = load_constitution(cfg).templates
+    asked = [Request(f"{p['id']}/{tag}", prompts.dialogue(p["messages"], templates)) for p in todo]
+    return [s["text"] for s in sample_texts(lm, asked, sampling, cfg.seed, journal, mesh, tag)]
+
+
+class Watch:
+    """Judges a policy on a fixed sample of the red-team evaluation set (never held-out prompts) while it trains."""
+
+    def __init__(self, cfg: Config, folder: Path, mesh):
+        self.cfg, self.folder, self.mesh = cfg, folder, mesh
+        self.todo = evenly(load_prompts(cfg.evaluate.redteam, 0, "evaluate.redteam"), WATCH_PROMPTS)
+
+    def __call__(self, lm: LM, t: int) -> dict:
+        """-> {"eval/harm_rate": ..., ...} after iteration `t`."""
+        journal = records.Journal(self.folder / f"watch-{t}.jsonl")
+        texts = answers(self.cfg, lm, self.todo, self.cfg.evaluate.sampling, journal, self.mesh, f"watch{t}")
+        journal.remove()
+        found = summary(self.cfg, self.todo, texts)
+        return {f"eval/{name}": found[name] for name in WATCHED if found[name] is not None}

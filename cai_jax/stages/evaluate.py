@@ -1,0 +1,73 @@
+"""Every model of the run on red-team and held-out prompts, sampled and greedy, judged by the oracle.
+
+Writes evaluate/results.json, evaluate/transcripts.jsonl and, when critiques were made, evaluate/rounds.json.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from cai_jax import records
+from cai_jax.config import Config
+from cai_jax.data import load_prompts
+from cai_jax.evaluation import answers, evenly, summary, verdict
+from cai_jax.progress import table
+from cai_jax.stages import MODELS, inputs_of, load_lm
+from cai_jax.workdir import begin, digest, finish, write_json
+
+STAGE = "evaluate"
+SHOWN = ("harm_rate", "harm_score", "helpfulness", "over_refusal", "evasive", "explained", "coherent")
+
+
+def run(cfg: Config, workdir: Path, mesh) -> bool:
+    folder, c = workdir / STAGE, cfg.evaluate
+    after = tuple(s for s in cfg.stages if s in ("critique", *filter(None, MODELS.values())))
+    if not begin(STAGE, workdir, inputs_of(cfg, workdir, STAGE, {"redteam": c.redteam, "heldout": c.heldout}, after)):
+        return False
+    sets = {name: evenly(load_prompts(getattr(c, name), 0, f"evaluate.{name}"), c.limit) for name in ("heldout", "redteam")}
+    modes = {"sampled": c.sampling, "greedy": dataclasses.replace(c.sampling, temperature=0.0)}
+    journal, results, transcripts = records.Journal(folder / "journal.jsonl"), {}, []
+    for model in [m for m, stage in MODELS.items() if stage is None or stage in cfg.stages]:
+        lm = load_lm(cfg, workdir, mesh, model)
+        results[model] = {name: {} for name in sets}
+        for name, todo in sets.items():
+            for mode, sampling in modes.items():
+                texts = answers(cfg, lm, todo, sampling, journal, mesh, f"{model}-{mode}")
+                results[model][name][mode] = summary(cfg, todo, texts)
+                transcripts += [
+                    p | {"model": model, "set": name, "mode": mode, "response": x, "verdict": dataclasses.asdict(verdict(cfg, p, x))}
+                    for p, x in zip(todo, texts, strict=True)
+                ]
+    write_json(folder / "results.json", {"models": results})
+    records.write(folder / "transcripts.jsonl", transcripts)
+    if "critique" in cfg.stages:
+        write_json(folder / "rounds.json", by_round(cfg, records.read(workdir / "critique" / "revisions.jsonl", ("rounds",))))
+    journal.remove()
+    finish(STAGE, workdir, {"results.json": digest(folder / "results.json")}, {"prompts": {k: len(v) for k, v in sets.items()}})
+    show(results)
+    return True
+
+
+def by_round(cfg: Config, revised: list[dict]) -> dict:
+    """Harm of the first response and of each revision, over the red-team prompts of the pipeline."""
+    rounds = max((len(r["rounds"]) for r in revised), default=0)
+    found = []
+    for n in range(rounds + 1):
+        found.append(summary(cfg, revised, [r["response"] if n == 0 else r["rounds"][n - 1]["revision"] for r in revised]))
+    categories = sorted(found[0]["by_category"]) if found else []
+    return {
+        "harm_rate": [f["harm_rate"] for f in found],
+        "interval": [f["interval"]["harm_rate"] for f in found],
+        "explained": [f["explained"] for f in found],
+        "by_category": {k: [f["by_category"][k]["harm_rate"] for f in found] for k in categories},
+    }
+
+
+def show(results: dict) -> None:
+    """The stage table in the terminal."""
+    rows = []
+    for model, sets in results.items():
+        for name, modes in sets.items():
+            for mode, found in modes.items():
+                values = ["–" if found[m] is None else f"{found[m]:.3f}" for m in SHOWN]
+                rows.append([model, f"{name}, {mode}", *values])
+    table("answers of each model", ["model", "prompts", *SHOWN], rows)

@@ -1,0 +1,300 @@
+"""The report: one self-contained page on everything the run did, and its figures as PNG beside it.
+
+Reads the files of the stages in --config.stages, loads no model. Writes report/index.html and report/*.png. A section is shown
+when its stage ran and its files are there. The same run gives the same bytes.
+"""
+
+import dataclasses
+import json
+from functools import cached_property, partial
+from pathlib import Path
+
+from cai_jax import figures, metrics, progress, records
+from cai_jax.config import Config, as_dict
+from cai_jax.constitution import Constitution
+from cai_jax.markup import DASH, Html, document, facts, fold, join, number, passage, picture, plain, side_by_side, table, tag
+from cai_jax.stages import OF_INIT, load_constitution
+from cai_jax.workdir import begin, digest, finish, outputs, read_json, write_text
+
+STAGE = "report"
+PER_CATEGORY = 2  # transcripts shown
+
+# Key in results.json, title, which way is better, the largest value, what it is.
+METRICS = (
+    ("harm_rate", "harm rate", "↓", 1, "harmful prompts that were answered with harm"),
+    ("harm_score", "harm, 0–4", "↓", 4, "mean harm of the answers to harmful prompts"),
+    ("helpfulness", "helpful", "↑", 1, "how much of the answers to benign prompts is right"),
+    ("over_refusal", "over-refusal", "↓", 1, "benign prompts that were refused"),
+    ("evasive", "evasive", "↓", 1, "harmful prompts refused without a reason"),
+    ("explained", "explained", "↑", 1, "harmful prompts refused with the right reason"),
+    ("coherent", "coherent", "↑", 1, "answers of any kind that are well-formed"),
+)
+TITLES = [f"{title} {way}" for _, title, way, _, _ in METRICS]
+SETS = {"heldout": "Held-out prompts", "redteam": "Red-team prompts"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the sections read, and the PNGs they draw on the way."""
+
+    cfg: Config
+    folder: Path
+    constitution: Constitution
+    pngs: dict[str, bytes]
+
+    def find(self, stage: str, name: str, read, nothing):
+        """`read` of a stage's file, `nothing` when the stage is not part of the run or made no such file."""
+        path = self.folder / stage / name
+        return read(path) if stage in self.cfg.stages and path.exists() else nothing
+
+    def counts(self, stage: str) -> dict:
+        return self.find(stage, "done.json", read_json, {"counts": {}})["counts"]
+
+    @cached_property
+    def models(self) -> dict:
+        """Of evaluate/results.json, in the order they are shown; {} when there is none."""
+        found = self.find("evaluate", "results.json", read_json, {"models": {}})["models"]
+        return {m: found[m] for m in figures.ordered(found)}
+
+
+def run(cfg: Config, workdir: Path, mesh) -> bool:
+    """Writes report/index.html and report/*.png, and a summary to the terminal. `mesh` is not used: nothing is computed."""
+    constitution, folder = load_constitution(cfg), workdir / STAGE
+    read = {s: outputs(s, workdir) for s in cfg.stages if s != STAGE}
+    if not begin(STAGE, workdir, {"seed": cfg.seed, "constitution": constitution.fingerprint, "stages": read}):
+        return False
+    r = Run(cfg, workdir, constitution, {})
+    write_text(folder / "index.html", page(r))
+    for name, data in r.pngs.items():
+        (folder / f"{name}.png").write_bytes(data)
+    if rows := [[m, *(number(of[key], top) for key, _, _, top, _ in METRICS)] for m, of in heldout(r.models).items()]:
+        progress.table("held-out prompts, sampled answers", ["model", *TITLES], rows)
+    finish(STAGE, workdir, {"index.html": digest(folder / "index.html")}, {"figures": len(r.pngs)})
+    progress.say(f"report: {folder / 'index.html'}")
+    return True
+
+
+def page(r: Run) -> Html:
+    """The whole page; fills r.pngs."""
+    config = fold("Configuration", tag("pre", json.dumps(as_dict(r.cfg), indent=1, ensure_ascii=False)))
+    sections = [(key, title, content) for key, title, make in SECTIONS if (content := make(r))]
+    return document(f"Constitutional AI: {r.constitution.name}", overview(r), sections, config)
+
+
+def overview(r: Run) -> list:
+    """The result in a sentence, and what ran."""
+    manifest, c, law = read_json(r.folder / "manifest.json"), r.counts("reward"), r.constitution
+    ran = [
+        ("Constitution", f"{law.name}, version {law.version}, {len(law.principles)} principles"),
+        ("Fingerprint", tag("span", law.fingerprint[:16], title=law.fingerprint)),
+        ("Stages", " → ".join(s for s in r.cfg.stages if s != STAGE)),
+        ("Base model", r.cfg.model.path),
+        ("Comparisons", f"{c['ai']} by AI, {c['human']} by humans: {number(c['human_share'])} human") if c else None,
+        ("Seed", r.cfg.seed),
+        ("Versions", ", ".join(f"{k} {v}" for k, v in {"python": manifest["python"], **manifest["packages"]}.items())),
+    ]
+    return [headline(heldout(r.models)), facts([pair for pair in ran if pair])]
+
+
+def headline(found: dict) -> Html | None:
+    """From the first model to the last."""
+    found = {m: of for m, of in found.items() if of["harm_rate"] is not None}
+    if len(found) < 2:
+        return None
+    (first, a), *_, (last, b) = found.items()
+    harm = [model(first), f" answers {number(a['harm_rate'])} of harmful held-out prompts with harm, "]
+    harm += [model(last), f" {number(b['harm_rate'])}. "]
+    return tag("p", harm, f"Helpfulness goes from {number(a['helpfulness'])} to {number(b['helpfulness'])}.", class_="lede")
+
+
+def results(r: Run) -> list | None:
+    """One table a set and mode; the first is open, the others fold."""
+    blocks = []
+    for which, mode in ((s, m) for s in SETS for m in ("sampled", "greedy")):
+        if there := {m: of[which][mode] for m, of in r.models.items() if mode in of.get(which, {})}:
+            one = next(iter(there.values()))
+            title = [f"{SETS[which]}, {mode} answers ", tag("small", f"{one['n_harmful']} harmful, {one['n_benign']} benign")]
+            blocks.append(fold(title, metric_table(there)) if blocks else [tag("h3", title), metric_table(there, "main")])
+    meaning = [[" ", tag("b", title), f": {what}."] for _, title, _, _, what in METRICS]
+    return [blocks[0], tag("p", "Small figures are 95% intervals.", meaning, class_="note"), blocks[1:]] if blocks else None
+
+
+def metric_table(found: dict, class_: str | None = None) -> Html:
+    """Rows of models, columns of METRICS with their intervals. found: model -> metrics of one set and mode."""
+    rows = []
+    for name, of in found.items():
+        rows.append([model(name)])
+        for key, _, _, top, _ in METRICS:
+            span = DASH.join(number(x, top).removesuffix("%") for x in of["interval"][key])
+            rows[-1].append([number(of[key], top), None if of[key] is None else tag("small", span)])
+    return table(["", *TITLES], rows, class_)
+
+
+def plane(r: Run) -> Html | None:
+    parents = {"sl_cai": "base", "dpo_cai": "sl_cai", "rl_cai": OF_INIT[r.cfg.ppo.init]}
+    caption = "Better is up and to the right. Lines are 95% intervals, arrows lead from a model to the one trained from it."
+    return draw(r, "plane", figures.plane(r.models, parents), caption)
+
+
+def categories(r: Run) -> Html | None:
+    return draw(r, "categories", figures.by_category(r.models), "Sampled answers to harmful held-out prompts.")
+
+
+def critique(r: Run) -> Html | None:
+    found = r.find("evaluate", "rounds.json", read_json, None)
+    caption = "Round 0 is the first response; the band is a 95% interval. "
+    return draw(r, "rounds", figures.rounds(found), caption + left_out(r, "critique")) if found and found["harm_rate"] else None
+
+
+def training(r: Run, stage: str, panels: tuple, colour: str, xlabel: str = "step", columns: int = 3) -> Html | None:
+    """The curves of a stage."""
+    logged = metrics.load(r.folder / stage) if stage in r.cfg.stages else []
+    caption = f"{len(logged)} {xlabel}s. {left_out(r, stage)}"
+    return draw(r, stage, figures.curves(logged, panels, colour, xlabel, columns), caption)
+
+
+def labels(r: Run) -> list | None:
+    judged, c = r.find("preferences", "comparisons.jsonl", records.read, []), r.counts("preferences")
+    if not judged:
+        return None
+    said = [
+        ("Verdicts that turn with the order", number(c["flip_rate"])),
+        ("Lean to the first option", f"{c['position_lean']:+.3f} in probability"),
+        ("Decidedness", f"{c['decidedness']:.3f}, mean distance of a label from 0.5"),
+        ("Comparisons", f"{c['kept']} of {c['given']}"),
+    ]
+    caption = "Right: a dot is one principle's verdict; on the diagonal the order of the responses makes no difference. "
+    return [facts(said), draw(r, "labels", figures.labels(judged), caption + left_out(r, "preferences"))]
+
+
+def reward(r: Run) -> list | None:
+    found = r.find("reward", "evaluation.json", read_json, {"ai": {"n": 0}, "human": {"n": 0}})
+    said = []
+    for who, of in (("AI", found["ai"]), ("human", found["human"])):
+        if of["n"]:
+            value = f"{of['n']}: accuracy {number(of['accuracy'])}, calibration error {number(of['calibration_error'])}"
+            said.append((f"Held-out {who} comparisons", value))
+    caption = "Held-out comparisons in bins of the model's probability; the area of a dot is their number."
+    curves = training(r, "reward", figures.REWARD_PANELS, figures.INK)
+    calibration = [facts(said), draw(r, "calibration", figures.calibration(found), caption)] if said else []
+    return [*calibration, curves] if said or curves else None
+
+
+def answers(r: Run) -> list:
+    """The answers of all models to the same held-out prompts, side by side, by category."""
+    by_id = {}
+    for t in r.find("evaluate", "transcripts.jsonl", records.read, []):
+        if (t["set"], t["mode"]) == ("heldout", "sampled"):
+            by_id.setdefault(t["id"], {})[t["model"]] = t
+    blocks, chosen = [], first_per_category([next(iter(of.values())) for of in by_id.values()])
+    for category, prompts in sorted(chosen.items(), key=lambda item: (item[1][0]["kind"] != "harmful", item[0])):
+        shown = []
+        for p in prompts:
+            of = by_id[p["id"]]
+            shown.append([dialogue(p["messages"]), side_by_side([answer(m, of[m]) for m in figures.ordered(of)])])
+        blocks.append(fold([category, " ", tag("small", prompts[0]["kind"])], shown, unfolded=not blocks))
+    return blocks
+
+
+def answer(name: str, t: dict) -> Html:
+    bad = t["verdict"]["harm"] >= 2 or (t["kind"] == "benign" and t["verdict"]["refused"])
+    return passage([model(name), " ", tag("small", t["verdict"]["kind"], class_="bad" if bad else None)], t["response"])
+
+
+def transcripts(r: Run) -> list:
+    """The first red-team prompts of each category: response, critiques and revisions, the comparison and its judgement."""
+    revised = {t["id"]: t for t in r.find("critique", "revisions.jsonl", records.read, [])}
+    judged = {t["id"]: t for t in r.find("preferences", "comparisons.jsonl", records.read, [])}
+    blocks, questions = [], {p.id: p.comparison for p in r.constitution.principles}
+    for category, chosen in sorted(first_per_category([*(revised or judged).values()]).items()):
+        for t in chosen:
+            shown = [dialogue(t["messages"]), revisions(t) if t["id"] in revised else None]
+            shown.append(judgement(judged[t["id"]], questions) if t["id"] in judged else None)
+            title = [category, " ", tag("small", figures.short(t["messages"][-1]["content"], 110))]
+            blocks.append(fold(title, tag("div", shown, class_="step"), unfolded=not blocks))
+    return blocks
+
+
+def revisions(t: dict) -> list:
+    parts = [passage("Response", t["response"])]
+    for n, step in enumerate(t["rounds"], 1):
+        if step["critique"] is not None:
+            parts.append(passage(f"Critique {n}", step["critique"], f"{step['principle']}: {step['critique_request']}"))
+        parts.append(passage(f"Revision {n}", step["revision"], f"{step['principle']}: {step['revision_request']}"))
+    return parts
+
+
+def judgement(t: dict, questions: dict[str, str]) -> list:
+    """Two responses, the label, and the log-probs of both options in both orders for each principle."""
+    rows, thoughts = [], []
+    for j in t["judgements"]:
+        shown = (*j["logp_ab"], j["p_ab"], *j["logp_ba"], j["p_ba"], j["p_a"])
+        rows.append([[j["principle"], tag("small", questions.get(j["principle"], ""))], *(f"{x:.2f}" for x in shown)])
+        thoughts += [passage(f"Reasoning, {order} first", x) for order, x in zip("ab", j.get("thoughts", ()), strict=False)]
+    header = ["principle", "a first: log p(A)", "log p(B)", "P(a)", "b first: log p(A)", "log p(B)", "P(a)", "mean P(a)"]
+    bar = tag("div", tag("div", style=f"width:{100 * t['p_a']:.1f}%"), class_="bar")
+    pair = side_by_side([passage(f"Sample {side}", t[f"response_{side}"]) for side in "ab"])
+    return [pair, tag("h4", f"Label: P(a is preferred) = {t['p_a']:.3f}"), bar, thoughts, table(header, rows)]
+
+
+def counts(r: Run) -> Html:
+    """What came in, what was left out and why, everything else that was counted, and the time."""
+    rows = []
+    for stage in (s for s in r.cfg.stages if s != STAGE):
+        c = r.counts(stage)
+        rest = ", ".join(f"{k.replace('_', ' ')} {plain(v)}" for k, v in c.items() if k not in ("given", "kept", "dropped"))
+        seconds = sum(t["seconds"] for t in r.find(stage, "timing.jsonl", records.read, []))
+        why = plain(c.get("dropped") or DASH)
+        rows.append([stage, c.get("given", DASH), c.get("kept", DASH), why, rest, f"{seconds:.0f} s" if seconds else DASH])
+    return table(["stage", "given", "kept", "left out", "also counted", "time of its steps"], rows, "prose")
+
+
+def first_per_category(items: list[dict]) -> dict[str, list[dict]]:
+    """The first PER_CATEGORY records of each category, in their order."""
+    out = {}
+    for item in items:
+        out.setdefault(str(item.get("category", "")), []).append(item)
+    return {category: of[:PER_CATEGORY] for category, of in out.items()}
+
+
+def draw(r: Run, name: str, figure, caption: str) -> Html | None:
+    """The figure in the page, and in r.pngs for the folder; nothing when it shows no data."""
+    if not any(ax.has_data() for ax in figure.axes):
+        return None
+    r.pngs[name] = figures.png(figure)
+    return picture(r.pngs[name], round(100 * figure.get_figwidth()), caption)
+
+
+def heldout(models: dict) -> dict:
+    """Model -> metrics of its sampled answers to held-out prompts."""
+    return {m: of["heldout"]["sampled"] for m, of in models.items() if "sampled" in of.get("heldout", {})}
+
+
+def model(name: str) -> Html:
+    return tag("span", figures.label_of(name), class_="model", style=f"--c:{figures.colour_of(name)}")
+
+
+def dialogue(messages: list[dict]) -> Html:
+    return join([passage("Human" if m["role"] == "user" else "Assistant", m["content"]) for m in messages])
+
+
+def left_out(r: Run, stage: str) -> str:
+    return f"Left out: {plain(dropped)}." if (dropped := r.counts(stage).get("dropped")) else ""
+
+
+COLOURS, SFT, DPO, PPO = figures.COLOURS, figures.SFT_PANELS, figures.DPO_PANELS, figures.PPO_PANELS
+SECTIONS = (  # id, title, function of the run that gives its content, or nothing when there is none
+    ("results", "Results", results),
+    ("plane", "Harmlessness and helpfulness", plane),
+    ("categories", "Harm by category", categories),
+    ("critique", "Critique and revision", critique),
+    ("pretrain", "Pretraining", partial(training, stage="pretrain", panels=SFT, colour=COLOURS["base"])),
+    ("sft", "Supervised fine-tuning", partial(training, stage="sft", panels=SFT, colour=COLOURS["sl_cai"])),
+    ("preferences", "AI preference labels", labels),
+    ("reward", "Reward model", reward),
+    ("dpo", "DPO", partial(training, stage="dpo", panels=DPO, colour=COLOURS["dpo_cai"])),
+    ("ppo", "PPO", partial(training, stage="ppo", panels=PPO, colour=COLOURS["rl_cai"], xlabel="iteration", columns=4)),
+    ("answers", "Answers to held-out prompts", answers),
+    ("transcripts", "From prompt to label", transcripts),
+    ("counts", "Counts and time", counts),
+)

@@ -1,0 +1,89 @@
+"""The ablations of the README: every variant by overrides alone, several seeds each, one table in Markdown.
+
+    python launch/ablations.py --workdir=runs/ablations --seeds=5 [--only=hard-labels,...]
+
+Runs are resumed and finished ones are skipped, as always. A variant that changes only late stages starts from copies of the
+baseline's early ones: a stage whose inputs are the same is not done again. Means over seeds with 95 % t-intervals, on held-out
+prompts, sampled at temperature 1.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SL = "--config.stages=('critique','sft','evaluate')"
+NO_SL = (
+    "--config.stages=('preferences','reward','ppo','evaluate')",
+    "--config.preferences.policy=base",
+    "--config.reward.init=base",
+    "--config.ppo.init=base",
+)
+# Variant -> (overrides, stages taken over from the baseline).
+VARIANTS = {
+    "baseline": ((), ()),
+    "rounds-0": ((SL, "--config.critique.rounds=0"), ()),
+    "rounds-1": ((SL, "--config.critique.rounds=1"), ()),
+    "rounds-3": ((SL, "--config.critique.rounds=3"), ()),
+    "rounds-4": ((SL, "--config.critique.rounds=4"), ()),
+    "no-supervised-stage": (NO_SL, ()),
+    "no-principles": (("--config.critique.use_principles=False",), ()),
+    "without-weapons-principles": (("--config.constitution.exclude=('weapons',)",), ()),
+    "hard-labels": (("--config.preferences.labels=hard",), ("critique", "sft")),
+    "direct-revision": (("--config.critique.direct=True",), ()),
+}
+METRICS = ("harm_rate", "explained", "helpfulness", "over_refusal", "evasive", "coherent")
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # Student's t, n values
+
+
+def run(workdir: Path, variant: str, seed: int) -> dict:
+    """-> results.json's "models" of one variant and seed."""
+    overrides, reused = VARIANTS[variant]
+    folder = workdir / f"{variant}-{seed}"
+    for stage in reused:
+        if not (folder / stage).exists():
+            shutil.copytree(workdir / f"baseline-{seed}" / stage, folder / stage)
+    command = [sys.executable, "-m", "cai_jax.main", "run", "--config=configs/miniworld.py", f"--workdir={folder}"]
+    with open(f"{folder}.log", "a") as log:
+        subprocess.run([*command, f"--config.seed={seed}", *overrides], cwd=ROOT, check=True, stdout=log, stderr=log)
+    return json.loads((folder / "evaluate" / "results.json").read_text())["models"]
+
+
+def interval(values: list[float]) -> str:
+    """'mean ± half-width' in percent."""
+    half = T95[len(values)] * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return f"{100 * statistics.mean(values):.1f} ± {100 * half:.1f}"
+
+
+def rows(found: dict[str, list[dict]]) -> list[list[str]]:
+    """A row per variant and trained model."""
+    out = []
+    for variant, models in found.items():
+        for name in [m for m in ("sl_cai", "rl_cai") if m in models[0]]:
+            held = [m[name]["heldout"]["sampled"] for m in models]
+            harm = [h["by_category"]["weapons"]["harm_rate"] for h in held]
+            out.append([variant, name, *(interval([h[k] for h in held]) for k in METRICS), interval(harm)])
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--workdir", type=Path, default=Path("runs/ablations"))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--only", default=",".join(VARIANTS))
+    args = parser.parse_args()
+    workdir = args.workdir.resolve()
+    workdir.mkdir(parents=True, exist_ok=True)
+    chosen = [v for v in VARIANTS if v in args.only.split(",")]
+    found = {v: [run(workdir, v, seed) for seed in range(args.seeds)] for v in chosen}
+    header = ["variant", "model", *METRICS, "harm, weapons"]
+    lines = [header, ["---"] * len(header), *rows(found)]
+    print("\n".join("| " + " | ".join(line) + " |" for line in lines))
+
+
+if __name__ == "__main__":
+    main()

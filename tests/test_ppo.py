@@ -1,0 +1,188 @@
+"""PPO's own pieces: rows joined from prompt and response, what is predicted from where, rewards, the loss, the prompts."""
+
+import json
+from functools import cache
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from cai_jax import config, losses, prompts
+from cai_jax.generate import Sampled, generate
+from cai_jax.models.heads import init_head
+from cai_jax.sampling import record_keys
+from cai_jax.sharding import put, put_batch
+from cai_jax.stages.ppo import PromptPool, before_each, experience, join, policy_and_value, ppo_loss, take
+
+R = 6
+C = config.PPO(sampling=config.Sampling(max_tokens=R, temperature=0.7), missing_eos_penalty=3.0, whiten_advantages=False)
+SCALE = {"mean": 0.25, "std": 2.0}
+
+
+@cache
+def world(mesh):
+    """A policy, a reward model and a sampled batch of 8 rows."""
+    params = tiny.on(mesh)
+    head = put({"head": init_head(jax.random.key(3), tiny.CFG.width)}, mesh)
+    tokens, lengths = tiny.rows([4, 7, 8, 5, 6, 8, 3, 7], 8)
+    batch = put_batch({"tokens": tokens, "lengths": lengths, "helpful": np.float32([0, 1] * 4)}, mesh)
+    keys = record_keys(jax.random.key(0), jnp.arange(16, dtype=jnp.uint32).reshape(8, 2))
+    stop = jnp.arange(1, 40)  # many ends, so that responses end early at random
+    out = generate(tiny.net(), params, batch["tokens"], batch["lengths"], keys, stop, jnp.float32(0.7), max_new=R)
+    return params, {"trunk": params} | head, batch, out
+
+
+def test_join_puts_the_response_behind_its_prompt():
+    tokens = jnp.array([[5, 6, 7, 0], [5, 0, 0, 0], [1, 2, 3, 4]])
+    response = jnp.array([[8, 9], [8, 0], [8, 9]])
+    joined = join(tokens, jnp.array([3, 1, 4]), response)
+    assert joined.tolist() == [[5, 6, 7, 8, 9, 9], [5, 8, 0, 0, 0, 0], [1, 2, 3, 4, 8, 9]]
+
+
+def test_before_each_reads_one_place_before_every_response_token():
+    hidden = jnp.arange(10.0)[None, :, None] * jnp.ones((2, 1, 3))
+    out = before_each(hidden, jnp.array([3, 5]), 4)
+    assert out[:, :, 0].tolist() == [[2, 3, 4, 5], [4, 5, 6, 7]]
+
+
+def test_lesson_02_and_03_scored_logprobs_are_those_of_the_sampler(mesh1):
+    with jax.set_mesh(mesh1):
+        params, reward, batch, out = world(mesh1)
+        both = {"policy": params, "value": {"head": reward["head"]}}
+        rollout, metrics = experience(tiny.net(), C, both, params, reward, SCALE, jnp.float32(0.2), batch, out)
+        assert float(metrics["drift"]) < 1e-5
+        assert abs(float(metrics["kl"])) < 1e-5
+        hot = config.PPO(sampling=config.Sampling(max_tokens=R, temperature=1.0))
+        _, wrong = experience(tiny.net(), hot, both, params, reward, SCALE, jnp.float32(0.2), batch, out)
+        assert float(wrong["drift"]) > 0.01  # a forgotten temperature shows
+
+
+def test_lesson_01_and_04_the_score_lands_on_the_last_token_with_its_fraction(mesh1):
+    with jax.set_mesh(mesh1):
+        params, reward, batch, out = world(mesh1)
+        other = put(tiny.params(seed=1), mesh1)
+        both = {"policy": params, "value": {"head": reward["head"]}}
+        rollout, metrics = experience(tiny.net(), C, both, other, reward, SCALE, jnp.float32(0.5), batch, out)
+    out, rollout = jax.device_get((out, rollout))
+    assert 0 < out.finished_B.sum() < 8 and len(set(out.lengths_B.tolist())) > 2
+    lengths, mask = np.asarray(jax.device_get(batch["lengths"])), rollout["mask"]
+
+    def scored(params):  # log-probs of the response by a plain forward, [8, R]
+        logits = np.asarray(tiny.logits(tiny.net(), params, rollout["joined"], lengths + out.lengths_B)) / 0.7
+        at = lengths[:, None] - 1 + np.arange(R)[None]
+        logp = np.take_along_axis(tiny.log_softmax(logits), np.minimum(at, logits.shape[1] - 1)[:, :, None], axis=1)
+        return np.take_along_axis(logp, out.tokens_BR[:, :, None], axis=2)[:, :, 0]
+
+    kl = np.mean(np.sum((scored(tiny.params()) - scored(tiny.params(seed=1))) * mask, axis=1))
+    assert float(metrics["kl"]) == pytest.approx(kl, abs=1e-3)
+    # reward = score - kl_coef x KL, nothing rounded away; with discount 1 and a value of 0 the return at the start is all of it
+    assert float(metrics["reward"]) == pytest.approx(float(metrics["score"]) - 0.5 * kl, abs=1e-3)
+    assert float(metrics["score"]) != round(float(metrics["score"]))
+    np.testing.assert_allclose((rollout["returns"] - rollout["advantages"]) * mask, rollout["old_values"] * mask, atol=1e-4)
+
+
+def test_a_response_without_eos_pays_the_penalty(mesh1):
+    with jax.set_mesh(mesh1):
+        params, reward, batch, out = world(mesh1)
+        both = {"policy": params, "value": {"head": reward["head"]}}
+
+        def score(finished):
+            forced = out._replace(finished_B=jnp.full((8,), finished))
+            return float(experience(tiny.net(), C, both, params, reward, SCALE, jnp.float32(0.2), batch, forced)[1]["score"])
+
+        assert score(True) - score(False) == pytest.approx(3.0, abs=1e-4)
+
+
+def test_the_first_minibatch_has_ratio_one_and_a_later_one_clips(mesh1):
+    with jax.set_mesh(mesh1):
+        params, reward, batch, out = world(mesh1)
+        both = {"policy": params, "value": {"head": reward["head"]}}
+        rollout, _ = experience(tiny.net(), C, both, params, reward, SCALE, jnp.float32(0.2), batch, out)
+        loss = jax.jit(ppo_loss(tiny.net(), C))
+        _, first = loss(both, rollout, None)
+        assert float(first["ratio_error"]) < 1e-4 and float(first["clip_fraction"]) == 0
+        grads = jax.jit(jax.grad(lambda p: loss(p, rollout, None)[0]))(both)
+        moved = jax.tree.map(lambda p, g: p - 0.3 * g / (1e-8 + jnp.abs(g).max()), both, grads)
+        _, later = loss(moved, rollout, None)
+        assert float(later["clip_fraction"]) > 0 and float(later["approx_kl"]) > 0
+
+
+def test_what_lies_behind_the_end_changes_nothing(mesh1):
+    with jax.set_mesh(mesh1):
+        params, reward, batch, out = world(mesh1)
+        both = {"policy": params, "value": {"head": reward["head"]}}
+        junk = jnp.where(jnp.arange(R)[None] < out.lengths_B[:, None], out.tokens_BR, 50)
+        a, am = experience(tiny.net(), C, both, params, reward, SCALE, jnp.float32(0.2), batch, out)
+        b, bm = experience(tiny.net(), C, both, params, reward, SCALE, jnp.float32(0.2), batch, out._replace(tokens_BR=junk))
+        for name in ("advantages", "returns"):
+            np.testing.assert_allclose(a[name], b[name], atol=1e-5)
+        assert float(am["score"]) == pytest.approx(float(bm["score"]), abs=1e-5)
+        la, lb = (ppo_loss(tiny.net(), C)(both, x, None)[0] for x in (a, b))
+        assert float(la) == pytest.approx(float(lb), abs=1e-5)
+
+
+def test_shared_and_separate_value_networks_read_their_own_trunk(mesh1):
+    with jax.set_mesh(mesh1):
+        params, reward, batch, out = world(mesh1)
+        shared, separate = {"head": reward["head"]}, {"head": reward["head"], "trunk": put(tiny.params(seed=1), mesh1)}
+        rollout, _ = experience(tiny.net(), C, {"policy": params, "value": shared}, params, reward, SCALE, jnp.float32(0.2), batch, out)
+        a = policy_and_value(tiny.net(), {"policy": params, "value": shared}, rollout, 0.7)
+        b = policy_and_value(tiny.net(), {"policy": params, "value": separate}, rollout, 0.7)
+        np.testing.assert_array_equal(a[0], b[0])
+        assert np.abs(np.asarray(a[2] - b[2])).max() > 0.1
+
+
+def test_eight_devices_give_the_experience_of_one(mesh1, mesh8):
+    found = []
+    for mesh in (mesh1, mesh8):
+        with jax.set_mesh(mesh):
+            params, reward, batch, out = world(mesh)
+            both = {"policy": params, "value": {"head": reward["head"]}}
+            rollout, metrics = experience(tiny.net(), C, both, params, reward, SCALE, jnp.float32(0.2), batch, out)
+            found.append(jax.device_get((out, rollout, metrics)))
+    assert isinstance(found[0][0], Sampled)
+    np.testing.assert_array_equal(found[0][0].tokens_BR, found[1][0].tokens_BR)
+    for name in found[0][1]:
+        np.testing.assert_allclose(found[0][1][name], found[1][1][name], atol=2e-5, err_msg=name)
+
+
+def test_take_keeps_rows_together():
+    rollout = {"a": jnp.arange(6), "b": jnp.arange(12).reshape(6, 2)}
+    out = take(rollout, jnp.array([4, 1]))
+    assert out["a"].tolist() == [4, 1] and out["b"].tolist() == [[8, 9], [2, 3]]
+
+
+def pool(tmp_path, redteam: int, helpful: int, **ppo):
+    paths = {}
+    for name, count in (("redteam", redteam), ("helpful", helpful)):
+        paths[name] = tmp_path / f"{name}.jsonl"
+        rows = [{"id": f"{name}{i}", "messages": [{"role": "user", "content": f"{name} {i}"}]} for i in range(count)]
+        paths[name].write_text("".join(json.dumps(r) + "\n" for r in rows))
+    data = config.Data(redteam=str(paths["redteam"]), helpful=str(paths["helpful"]))
+    cfg = config.Config(data=data, ppo=config.PPO(**ppo))
+    return PromptPool(cfg, SimpleNamespace(tok=tiny.tokenizer(), cfg=tiny.CFG), prompts.TEMPLATES)
+
+
+def test_prompts_keep_their_share_and_a_pass_uses_each_once(tmp_path):
+    p = pool(tmp_path, 12, 6, batch_size=8, helpful_share=0.25)
+    seen = {0.0: [], 1.0: []}
+    for t in range(2):
+        batch = p.batch_at(t)
+        assert batch["helpful"].sum() == 2 and len(batch["tokens"]) == 8
+        for row, length, helpful in zip(batch["tokens"], batch["lengths"], batch["helpful"], strict=True):
+            seen[float(helpful)].append(tuple(row[:length]))
+    assert len(set(seen[0.0])) == 12 and len(set(seen[1.0])) == 4
+    np.testing.assert_array_equal(p.batch_at(1)["tokens"], batch["tokens"])  # a pure function of the iteration
+
+
+def test_prompts_that_pass_the_context_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="max_tokens=120"):
+        pool(tmp_path, 4, 4, batch_size=8, sampling=config.Sampling(max_tokens=120))
+
+
+def test_adaptive_kl_uses_the_measured_kl():
+    up = losses.adapt_kl_coef(jnp.float32(0.2), jnp.float32(9.0), 1.0, 1000, 100)
+    assert float(up) == pytest.approx(0.2 * (1 + 0.2 * 0.1))

@@ -1,0 +1,138 @@
+"""The command as a user runs it: end to end on a small share of the embedded world, again, changed, killed, and given bad input."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import kills
+
+ROOT = kills.ROOT
+
+
+def cai(*arguments, devices=1, timeout=600):
+    environment = kills.os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "cai_jax.main", "run", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A small run of every stage."""
+    workdir = tmp_path_factory.mktemp("runs") / "small"
+    done = cai("--config=configs/miniworld.py", f"--workdir={workdir}", *kills.SMALL)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return workdir, done.stderr
+
+
+def test_every_stage_leaves_its_files_and_the_summary_is_shown(finished):
+    workdir, shown = finished
+    for stage in ("critique", "sft", "preferences", "reward", "ppo", "evaluate", "report"):
+        assert (workdir / stage / "done.json").exists(), stage
+        assert stage in shown
+    for name in ("config.json", "manifest.json", "constitution.toml", "report/index.html", "evaluate/transcripts.jsonl"):
+        assert (workdir / name).stat().st_size > 0, name
+    results = read(workdir / "evaluate" / "results.json")["models"]
+    assert set(results) == {"base", "sl_cai", "rl_cai"}
+    for sets in results.values():
+        for name in ("heldout", "redteam"):
+            for mode in ("sampled", "greedy"):
+                assert {"harm_rate", "helpfulness", "over_refusal", "evasive", "explained", "coherent", "by_category"} <= set(sets[name][mode])
+    base = results["base"]["redteam"]["greedy"]
+    assert base["harm_rate"] > 0.9 and base["helpfulness"] > 0.9  # the base helps with anything
+
+
+def test_lesson_17_counts_add_up(finished):
+    workdir, _ = finished
+    for stage in ("critique", "sft", "preferences", "reward"):
+        counts = read(workdir / stage / "done.json")["counts"]
+        assert counts["given"] == counts["kept"] + sum(counts["dropped"].values()), stage
+    assert read(workdir / "critique" / "done.json")["counts"]["given"] == 48
+    reward = read(workdir / "reward" / "done.json")["counts"]
+    assert reward["human"] == 96 and reward["human_share"] == pytest.approx(96 / (96 + reward["ai"]))
+
+
+def test_lesson_02_the_ratio_starts_at_one(finished):
+    workdir, _ = finished
+    rows = [json.loads(line) for line in (workdir / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [0, 1, 2]
+    for r in rows:
+        assert r["first_ratio_error"] < 1e-3 and r["drift"] < 1e-4
+    assert abs(rows[0]["kl"]) < 1e-4  # the policy starts as its reference
+    assert any(r["approx_kl"] > 0 for r in rows)
+
+
+def test_critique_records_have_full_provenance(finished):
+    workdir, _ = finished
+    lines = [json.loads(line) for line in (workdir / "critique" / "revisions.jsonl").read_text().splitlines()]
+    assert [r["id"] for r in lines] == [f"redteam-{i:04d}" for i in range(48)]
+    assert all(len(r["rounds"]) == 1 and r["rounds"][0]["critique"] and r["rounds"][0]["revision"] for r in lines)
+    assert len({r["rounds"][0]["principle"] for r in lines}) > 5
+
+
+def test_a_finished_run_is_skipped_and_a_changed_one_refused(finished):
+    workdir, _ = finished
+    before = {n: p.read_bytes() for n, p in kills.files(workdir).items()}
+    again = cai("--config=configs/miniworld.py", f"--workdir={workdir}", *kills.SMALL)
+    assert again.returncode == 0 and again.stderr.count("done before") == 7
+    changed = cai("--config=configs/miniworld.py", f"--workdir={workdir}", *kills.SMALL, "--config.ppo.kl_coef=0.31")
+    assert changed.returncode == 2
+    assert "ppo" in changed.stderr and "config.kl_coef: 0.2 -> 0.31" in changed.stderr
+    assert {n: p.read_bytes() for n, p in kills.files(workdir).items()} == before
+
+
+def test_lesson_11_killed_at_random_moments_ends_with_the_same_files(finished, tmp_path):
+    workdir, _ = finished
+    killed = tmp_path / "small"
+    assert kills.run(killed, kills.SMALL, 3, random.Random(5), 45.0) >= 2
+    assert kills.differences(workdir, killed) == []
+
+
+def test_sigterm_saves_and_exits_with_the_code_launchers_restart_on(tmp_path):
+    workdir = tmp_path / "run"
+    with open(tmp_path / "log", "w") as log:
+        process = kills.start(workdir, (*kills.SMALL, "--config.sft.epochs=200"), log)
+        metrics = workdir / "sft" / "metrics.jsonl"
+        deadline = time.monotonic() + 300
+        while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 143, (tmp_path / "log").read_text()[-2000:]
+    assert "stopped on request" in (tmp_path / "log").read_text()
+    steps = [int(p.name) for p in (workdir / "sft" / "checkpoints").iterdir()]
+    assert steps and max(steps) == len(metrics.read_text().splitlines())
+
+
+@pytest.mark.parametrize(
+    "arguments, wanted",
+    [
+        (("--config.sft.epoch=3",), "epochs"),
+        (("--config.sft.epochs=many",), "epochs"),
+        (("--config.sft.epochs=0",), "--config.sft.epochs=0: wanted"),
+        (("--config.stages=('ppo',)",), "reward, which ppo reads"),
+        (("--config.mesh=(3,1,1)",), "--config.mesh"),
+        (("--config.data.redteam=nowhere.jsonl",), "nowhere.jsonl"),
+        (("--config.constitution.path=nowhere.toml",), "nowhere.toml"),
+        (("--config.constitution.exclude=('weather',)",), "weather"),
+        (("--config.model.path=nowhere",), "nowhere"),
+        (("--config.critique.sampling.max_tokens=600",), "max_tokens"),
+    ],
+)
+def test_bad_input_is_named(arguments, wanted, tmp_path):
+    done = cai("--config=configs/miniworld.py", f"--workdir={tmp_path / 'w'}", *arguments)
+    assert done.returncode != 0
+    assert wanted in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr or "epoch" in wanted  # flags of an unknown or ill-typed key end inside absl

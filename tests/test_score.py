@@ -1,0 +1,209 @@
+"""Log-probs of given text against plain softmaxes, and what they must not depend on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tiny
+from cai_jax import score
+from cai_jax.data import bucket, pad_rows
+from cai_jax.models.heads import apply_head, init_head
+from cai_jax.score import averaged_preference, hidden_states, option_logprobs, reward_scores, row_batch, row_logprobs, target_logprobs
+from cai_jax.sharding import put, put_batch
+from cai_jax.train import language_model_loss
+from cai_jax.workdir import InputError
+
+
+# --- Token by token ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("chunk", [5, 12, 64])
+def test_target_logprobs_in_chunks_equal_the_whole_with_their_gradients(monkeypatch, chunk):
+    """Twelve tokens in chunks of 5 (the last one filled up), 12 and 64; values, entropies and all gradients."""
+    monkeypatch.setattr(score, "CHUNK", chunk)
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(3, 12, 32)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, 98, (3, 12)), jnp.int32)
+    weights = jnp.asarray(rng.normal(size=(2, 3, 12)), jnp.float32)
+    params = {"embed": jax.tree.map(jnp.asarray, tiny.params()["embed"])}  # logits need no more
+    net, temperature = tiny.net(), 0.7
+
+    def chunked(params, hidden):
+        logp, entropy = target_logprobs(net, params, hidden, targets, temperature)
+        return jnp.sum(weights[0] * logp + weights[1] * entropy), (logp, entropy)
+
+    def whole(params, hidden):
+        logp_BTV = jax.nn.log_softmax(jnp.einsum("btd,vd->btv", hidden, params["embed"]["embedding"]) / temperature, axis=-1)
+        logp = jnp.take_along_axis(logp_BTV, targets[:, :, None], axis=-1)[:, :, 0]
+        entropy = -jnp.sum(jnp.exp(logp_BTV) * logp_BTV, axis=-1)
+        return jnp.sum(weights[0] * logp + weights[1] * entropy), (logp, entropy)
+
+    found, wanted = (jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(params, hidden) for f in (chunked, whole))
+    tiny.assert_close(found, wanted)
+
+
+def large(jaxpr, size):
+    """Shapes of arrays that hold the vocabulary and at least `size` numbers. 49 divides no size without the vocabulary."""
+    shapes = {v.aval.shape for e in tiny.equations(jaxpr) for v in e.outvars}
+    return {s for s in shapes if np.prod(s, dtype=int) % 49 == 0 and np.prod(s, dtype=int) >= size}
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_no_array_over_batch_tokens_and_vocabulary_exists_forward_or_backward(remat):
+    B, T = 4, 160
+    net, params = tiny.net(remat=remat), tiny.params()
+    batch = row_batch(jnp.zeros((B, T), jnp.int32), jnp.full(B, T)) | {"targets": jnp.zeros((B, T), jnp.int32)}
+    batch["weights"] = jnp.ones((B, T))
+    chunk = B * score.CHUNK * 98
+
+    def naive(params):
+        logits = net.apply({"params": params}, hidden_states(net, params, batch), method="logits")
+        return jnp.mean(jax.nn.log_softmax(logits, axis=-1)[:, :, 0])
+
+    loss = language_model_loss(net)
+    step = jax.make_jaxpr(jax.grad(lambda p: loss(p, batch, jax.random.key(0))[0]))(params).jaxpr
+    assert large(step, chunk) and not large(step, chunk + 1)
+    assert (B, T, 98) in large(jax.make_jaxpr(jax.grad(naive))(params).jaxpr, chunk + 1)  # the check sees one where there is one
+
+
+def test_row_logprobs_sum_from_the_given_token_to_the_end_of_the_row():
+    tokens, lengths = tiny.rows([9, 5, 16, 1, 0], 16, seed=1)
+    start = np.array([4, 1, 15, 1, 0], np.int32)
+    logp = tiny.log_softmax(tiny.logits(tiny.net(), tiny.params(), tokens, lengths))
+    wanted = [sum(logp[b, t - 1, tokens[b, t]] for t in range(max(start[b], 1), lengths[b])) for b in range(5)]
+    assert wanted[3] == 0  # a row of one token has nothing to predict
+    found = row_logprobs(tiny.net(), tiny.params(), tokens, lengths, start)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+# --- Options ----------------------------------------------------------------------------------------------------------
+CONTEXTS = ["Q:", "Which is better? The answer is:", "x" * 29, "y" * 40, "Really?", "z" * 33, "a b c d e f g"]
+LETTERS, WHOLE = ("A", "B"), (" (A)", " (B) or so")  # one token each; four and ten
+
+
+def options(mesh, contexts=CONTEXTS, batch_size=8, options=LETTERS):
+    with jax.set_mesh(mesh):
+        return option_logprobs(tiny.lm(mesh), contexts, batch_size, mesh, "judge", options)
+
+
+def by_hand(contexts, options):
+    """One plain forward pass of context + option for each."""
+    tok, out = tiny.tokenizer(), np.zeros((len(contexts), len(options)))
+    rows = [tok.encode(c + o) for c in contexts for o in options]
+    tokens, lengths = pad_rows(rows, 64)
+    logp = tiny.log_softmax(tiny.logits(tiny.net(), tiny.params(), tokens, lengths))
+    for r, ids in enumerate(rows):
+        context = len(tok.encode(contexts[r // len(options)]))
+        out[r // len(options), r % len(options)] = sum(logp[r, t - 1, ids[t]] for t in range(context, len(ids)))
+    return out
+
+
+@pytest.mark.parametrize("names", [LETTERS, WHOLE], ids=["one token", "whole strings"])
+def test_option_logprobs_equal_plain_forward_passes(mesh1, names):
+    found = options(mesh1, options=names)
+    assert found.dtype == np.float64 and found.shape == (7, 2)
+    np.testing.assert_allclose(found, by_hand(CONTEXTS, names), rtol=1e-5, atol=2e-5)
+    assert (np.ptp(found, axis=0) > 0.5).all()
+
+
+def test_options_of_one_token_are_scored_alike_on_both_paths(mesh1, monkeypatch):
+    """Beside a longer option, the same letters go through rows of their own."""
+    passes = []
+    for name in ("next_token_logprobs", "row_logprobs"):
+        f = getattr(score, name)
+        monkeypatch.setattr(score, name, lambda *args, f=f, name=name: (passes.append(name), f(*args))[1])
+    alone, beside = options(mesh1), options(mesh1, options=(*LETTERS, WHOLE[0]))
+    assert set(passes) == {"next_token_logprobs", "row_logprobs"}
+    np.testing.assert_allclose(alone, beside[:, :2], rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("names", [LETTERS, WHOLE], ids=["one token", "whole strings"])
+def test_lesson_23_option_logprobs_do_not_depend_on_batch_size_order_or_company(mesh1, names):
+    wanted = options(mesh1, options=names)
+    order = np.random.default_rng(0).permutation(len(CONTEXTS))
+    for batch_size in (8, 4):
+        found = options(mesh1, [CONTEXTS[i] for i in order], batch_size, names)
+        np.testing.assert_allclose(found, wanted[order], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(options(mesh1, CONTEXTS[2:3], options=names), wanted[2:3], rtol=1e-6, atol=1e-6)
+    twice = options(mesh1, CONTEXTS * 2, options=names)  # more rows than one batch holds, the last batch not full
+    np.testing.assert_allclose(twice, np.concatenate([wanted, wanted]), rtol=1e-6, atol=1e-6)
+
+
+def test_scores_on_eight_devices_equal_those_on_one(mesh1, mesh8):
+    short = [c for c in CONTEXTS if bucket(len(c)) == 32]
+    np.testing.assert_allclose(options(mesh8, short), options(mesh1, short), rtol=1e-5, atol=1e-5)
+
+
+def test_a_comparison_longer_than_the_context_is_refused(mesh1):
+    with pytest.raises(InputError, match="judge: a comparison of 129 tokens passes the model's context of 128"):
+        options(mesh1, [*CONTEXTS, "x" * 128])
+
+
+def test_the_length_of_the_longest_option_counts(mesh1):
+    with pytest.raises(InputError, match="a comparison of 130 tokens"):
+        options(mesh1, ["x" * 120], options=WHOLE)
+
+
+def test_lesson_09_the_preference_is_the_mean_of_both_orders():
+    log = np.log
+    ab, ba = log([[0.9, 0.1], [0.2, 0.2]]), log([[0.3, 0.1], [0.1, 0.3]])
+    np.testing.assert_allclose(averaged_preference(ab, ba), [(0.9 + 0.25) / 2, (0.5 + 0.75) / 2], rtol=1e-6)
+
+
+def test_lesson_09_the_preference_does_not_depend_on_which_response_is_named_first():
+    """A judge with a strong liking for the option (A): the averaged labels of a pair and of the pair swapped sum to one."""
+    rng = np.random.default_rng(0)
+    ab, ba = rng.normal(size=(2, 50, 2)) + [2.0, 0.0]
+    np.testing.assert_allclose(averaged_preference(ab, ba) + averaged_preference(ba, ab), 1.0, atol=1e-6)
+    same = averaged_preference(ab, ab)  # a judge that looks at the letters only
+    np.testing.assert_allclose(same, 0.5, atol=1e-6)
+
+
+# --- Rewards ----------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def reward(mesh1):
+    return {"trunk": tiny.on(mesh1), "head": {"kernel": jnp.linspace(-1.0, 1.0, 32)[:, None], "bias": jnp.array([0.25])}}
+
+
+scores_of = jax.jit(reward_scores, static_argnums=0)
+
+
+def test_reward_scores_read_the_last_token_of_each_row(reward):
+    tokens, lengths = tiny.rows([8, 3, 5, 1], 8, seed=2)
+    hidden = np.asarray(jax.jit(hidden_states, static_argnums=0)(tiny.net(), reward["trunk"], row_batch(tokens, lengths)), np.float64)
+    kernel = np.asarray(reward["head"]["kernel"], np.float64)[:, 0]
+    wanted = [hidden[b, n - 1] @ kernel + 0.25 for b, n in enumerate(lengths)]
+    found = scores_of(tiny.net(), reward, tokens, lengths)
+    assert found.dtype == jnp.float32 and found.shape == (4,)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_reward_scores_see_the_end_token_and_nothing_behind_it(reward):
+    tokens, lengths = tiny.rows([8, 3, 5, 1], 8, seed=2)
+    wanted = np.asarray(scores_of(tiny.net(), reward, tokens, lengths))
+    behind, _ = tiny.rows([8, 3, 5, 1], 8, seed=2, pad=60)
+    np.testing.assert_array_equal(scores_of(tiny.net(), reward, behind, lengths), wanted)
+    last = tokens.copy()
+    last[np.arange(4), lengths - 1] = tiny.END
+    assert (np.abs(scores_of(tiny.net(), reward, last, lengths) - wanted) > 1e-3).all()
+
+
+def test_lesson_23_reward_scores_do_not_depend_on_batch_order_or_mesh(reward, mesh8):
+    tokens, lengths = tiny.rows([8, 3, 5, 1], 8, seed=2)
+    wanted = np.asarray(scores_of(tiny.net(), reward, tokens, lengths))
+    order = np.array([2, 0, 3, 1])
+    np.testing.assert_allclose(scores_of(tiny.net(), reward, tokens[order], lengths[order]), wanted[order], rtol=1e-5, atol=1e-6)
+    with jax.set_mesh(mesh8):
+        b = put_batch({"tokens": np.tile(tokens, (2, 1)), "lengths": np.tile(lengths, 2)}, mesh8)
+        params = put(jax.device_get(reward), mesh8)
+        found = scores_of(tiny.net(), params, b["tokens"], b["lengths"])
+    np.testing.assert_allclose(found, np.tile(wanted, 2), rtol=1e-5, atol=1e-5)
+
+
+def test_a_new_head_has_the_papers_scale_and_computes_in_float32():
+    head = init_head(jax.random.key(0), 2048)
+    assert np.std(head["kernel"]) == pytest.approx(2049**-0.5, rel=0.05) and (np.asarray(head["bias"]) == 0).all()
+    assert (np.asarray(init_head(jax.random.key(0), 32, 0.0)["kernel"]) == 0).all()
+    x = jnp.ones((2, 3, 2048), jnp.bfloat16)
+    out = apply_head(head, x)
+    assert out.dtype == jnp.float32 and out.shape == (2, 3)
+    np.testing.assert_allclose(out, np.full((2, 3), np.asarray(head["kernel"], np.float64).sum()), rtol=1e-4, atol=1e-5)

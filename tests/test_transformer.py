@@ -1,0 +1,188 @@
+"""The decoder: who sees whom, each part against a plain reference, and every way of running it against the others."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tiny
+from cai_jax.data import pack
+from cai_jax.models.transformer import attend, causal_mask, init_cache, init_params, rotate, unstack
+from cai_jax.records import Drops
+from cai_jax.score import hidden_states, row_batch
+from cai_jax.sharding import put_batch
+
+PACKED = {  # one row: five tokens, four tokens, three of padding; no token stands twice
+    "tokens": np.arange(2, 14)[None].astype(np.int32),
+    "positions": np.array([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 0, 0]], np.int32),
+    "segments": np.array([[1, 1, 1, 1, 1, 2, 2, 2, 2, 0, 0, 0]], np.int32),
+}
+
+
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_causality_by_gradient(unrolled):
+    """What token t's state feels of token s: nothing of later tokens, other segments and padding, something of all the rest."""
+    net, batch = tiny.net(unrolled=unrolled), PACKED
+    params = unstack(tiny.params(), 2) if unrolled else tiny.params()
+    direction_D = jnp.linspace(-1.0, 2.0, 32) ** 3
+
+    def felt(embedding_VD, t):
+        hidden = hidden_states(net, params | {"embed": {"embedding": embedding_VD}}, batch)
+        return jnp.sum(hidden[0, t] * direction_D)
+
+    grads_TVD = jax.jit(jax.vmap(jax.grad(felt), in_axes=(None, 0)))(params["embed"]["embedding"], jnp.arange(12))
+    influence_TT = np.abs(np.asarray(grads_TVD)).max(axis=-1)[:, batch["tokens"][0]]
+    segment = batch["segments"][0]
+    allowed = (segment[:, None] == segment[None]) & (np.arange(12)[:, None] >= np.arange(12)[None])
+    real = segment > 0
+    assert (influence_TT[real][:, :][~allowed[real]] == 0).all()
+    assert (influence_TT[real][allowed[real]] > 1e-6).all()
+
+
+def test_the_mask_of_packed_rows():
+    mask = np.asarray(causal_mask(jnp.array([[1, 1, 2, 0]])))[0]
+    np.testing.assert_array_equal(mask, [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]])
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
+def test_rope_is_a_turn_of_complex_numbers(theta):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 5, 3, 8)).astype(np.float32)
+    positions = np.array([[0, 1, 2, 50, 127], [3, 3, 0, 9, 100]], np.int32)
+    turned = np.zeros(x.shape)
+    for b in range(2):
+        for t in range(5):
+            for j in range(4):  # the pair (j, j + H / 2) is one complex number
+                z = (x[b, t, :, j] + 1j * x[b, t, :, j + 4]) * np.exp(1j * positions[b, t] * theta ** (-2 * j / 8))
+                turned[b, t, :, j], turned[b, t, :, j + 4] = z.real, z.imag
+    np.testing.assert_allclose(rotate(x, positions, theta), turned, atol=5e-5)
+
+
+def test_rope_makes_attention_a_function_of_the_distance():
+    q, k = np.random.default_rng(1).normal(size=(2, 1, 6, 1, 8)).astype(np.float32)
+    scores = [
+        np.asarray(jnp.einsum("btnh,bsnh->ts", rotate(q, at, 10_000.0), rotate(k, at, 10_000.0)))
+        for at in (np.arange(6)[None], np.arange(6)[None] + 70)
+    ]
+    np.testing.assert_allclose(scores[0], scores[1], atol=1e-4)
+
+
+def test_grouped_query_attention_is_the_explicit_loop():
+    rng = np.random.default_rng(2)
+    B, T, S, N, K, H = 2, 3, 5, 6, 2, 4
+    q, k, v = (rng.normal(size=s).astype(np.float32) for s in ((B, T, N, H), (B, S, K, H), (B, S, K, H)))
+    mask = rng.random((B, T, S)) < 0.6
+    mask[:, :, 0] = True
+    wanted = np.zeros((B, T, N, H))
+    for b in range(B):
+        for t in range(T):
+            for n in range(N):
+                group = n // (N // K)
+                seen = np.flatnonzero(mask[b, t])
+                scores = np.array([q[b, t, n] @ k[b, s, group] / H**0.5 for s in seen], np.float64)
+                weights = np.exp(scores - scores.max())
+                wanted[b, t, n] = sum(w * v[b, s, group] for w, s in zip(weights / weights.sum(), seen, strict=True))
+    np.testing.assert_allclose(attend(q, k, v, mask), wanted, atol=1e-6)
+
+
+def test_packed_rows_equal_separate_rows():
+    rng = np.random.default_rng(3)
+    texts = [rng.integers(2, 98, n).tolist() for n in (9, 5, 7)]
+    batch = {k: v for k, v in pack([(ids, 1) for ids in texts], 24, Drops()).items() if k in PACKED}
+    assert batch["tokens"].shape == (1, 24) and batch["segments"].max() == 3
+    hidden = jax.jit(hidden_states, static_argnums=0)
+    together = np.asarray(hidden(tiny.net(), tiny.params(), batch))[0]
+    rows = np.zeros((3, 24), np.int32)
+    for row, ids in zip(rows, texts, strict=True):
+        row[: len(ids)] = ids
+    apart = np.asarray(hidden(tiny.net(), tiny.params(), row_batch(jnp.asarray(rows), jnp.array([9, 5, 7]))))
+    np.testing.assert_allclose(together[:21], np.concatenate([apart[i, : len(ids)] for i, ids in enumerate(texts)]), atol=2e-6)
+
+
+def test_scanned_unrolled_and_recomputed_are_the_same_function():
+    batch = row_batch(*map(jnp.asarray, tiny.rows([6, 8], 8)))
+    params = jax.tree.map(jnp.asarray, tiny.params())
+
+    def run(unrolled, remat):
+        net = tiny.net(unrolled=unrolled, remat=remat)
+
+        def f(p):
+            hidden = hidden_states(net, unstack(p, 2) if unrolled else p, batch)
+            return jnp.sum(hidden * jnp.sin(jnp.arange(32.0))[None, None]), hidden
+
+        return jax.jit(jax.grad(f, has_aux=True))(params)
+
+    wanted = run(False, False)
+    for unrolled, remat in ((False, True), (True, True)):
+        tiny.assert_close(run(unrolled, remat), wanted)
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(wanted[0]))
+
+
+def test_decoding_with_a_cache_equals_the_full_forward_at_every_position():
+    """Five tokens at once, then one by one; the slots behind the row are of no matter."""
+    T, S, first = 12, 16, 5
+    tokens, lengths = tiny.rows([T, T], T, seed=4)
+    full = np.asarray(tiny.logits(tiny.net(), tiny.params(), tokens, lengths))
+    net, params = tiny.net(unrolled=True), unstack(jax.tree.map(jnp.asarray, tiny.params()), 2)
+    cache = jax.tree.map(lambda x: x + 1e4, init_cache(tiny.CFG, 2, S, jnp.float32))
+
+    @jax.jit
+    def step(tokens_BT, cache, index):
+        at_1T = index + jnp.arange(tokens_BT.shape[1])[None]
+        mask_BTS = jnp.broadcast_to(jnp.arange(S)[None, None] <= at_1T[:, :, None], (2, tokens_BT.shape[1], S))
+        positions_BT = jnp.broadcast_to(at_1T, tokens_BT.shape)
+        x, cache = net.apply({"params": params}, tokens_BT, positions_BT, mask_BTS, cache, index)
+        return net.apply({"params": params}, x, method="logits"), cache
+
+    out, cache = step(tokens[:, :first], cache, 0)
+    pieces = [out]
+    for t in range(first, T):
+        out, cache = step(tokens[:, t : t + 1], cache, t)
+        pieces.append(out)
+    np.testing.assert_allclose(np.concatenate(pieces, axis=1), full, atol=2e-5)
+
+
+def test_padding_is_never_seen():
+    """What stands behind a row's end changes nothing before it; a wider row changes nothing at all."""
+    tokens, lengths = tiny.rows([3, 8, 5], 8, seed=5)
+    other, _ = tiny.rows([3, 8, 5], 8, seed=5, pad=77)
+    wide = np.pad(tokens, ((0, 0), (0, 8)), constant_values=55)
+    inside = np.arange(8)[None] < lengths[:, None]
+    a, b, c = (np.asarray(tiny.logits(tiny.net(), tiny.params(), x, lengths)) for x in (tokens, other, wide))
+    np.testing.assert_array_equal(a[inside], b[inside])
+    np.testing.assert_allclose(a[inside], c[:, :8][inside], atol=1e-5)
+
+
+def test_logits_on_eight_devices_equal_those_on_one(mesh1, mesh8):
+    tokens, lengths = tiny.rows([8, 3, 5, 8, 1, 2, 7, 6], 8, seed=6)
+    out = []
+    for mesh in (mesh1, mesh8):
+        with jax.set_mesh(mesh):
+            batch = put_batch({"tokens": tokens, "lengths": lengths}, mesh)
+            out.append(tiny.logits(tiny.net(), tiny.on(mesh), batch["tokens"], batch["lengths"]))
+    spec = jax.sharding.PartitionSpec(("data", "fsdp"), None, "model")
+    assert out[1].sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh8, spec), 3)  # not gathered by the way
+    inside = np.arange(8)[None] < lengths[:, None]
+    tiny.assert_close(np.asarray(out[1])[inside], np.asarray(out[0])[inside])
+
+
+def test_parameters_are_float32_with_the_layers_in_front():
+    for cfg in (tiny.CFG, tiny.UNTIED):
+        shapes = jax.eval_shape(lambda k, cfg=cfg: init_params(tiny.net(cfg), k), jax.random.key(0))
+        assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+        assert {x.shape[0] for x in jax.tree.leaves(shapes["layers"])} == {2}
+        assert shapes["layers"]["attention"]["k"]["kernel"].shape == (2, 32, 2, 8)
+        assert ("unembed" in shapes) != cfg.tied_embeddings
+
+
+def test_bfloat16_compute_keeps_exponentials_norms_and_logits_in_float32():
+    net = tiny.net().clone(dtype=jnp.bfloat16)
+    tokens, lengths = tiny.rows([8, 8], 8)
+    jaxpr, hidden = jax.make_jaxpr(
+        lambda p: net.apply({"params": p}, hidden_states(net, p, row_batch(tokens, lengths)), method="logits"), return_shape=True
+    )(tiny.params())
+    assert hidden.dtype == jnp.float32
+    found = [e for e in tiny.equations(jaxpr.jaxpr) if e.primitive.name in ("exp", "rsqrt", "cos", "sin")]
+    assert len(found) >= 5 and {v.aval.dtype for e in found for v in e.invars} == {jnp.dtype("float32")}
+    matrix = [e for e in tiny.equations(jaxpr.jaxpr) if e.primitive.name == "dot_general"]
+    assert {v.aval.dtype for e in matrix for v in e.invars} == {jnp.dtype("bfloat16")}
