@@ -64,9 +64,8 @@ def _load(path: Path, abstract):
     stored = {path_name(p): x.shape for p, x in leaves(ocp.metadata(path).metadata)[0] if hasattr(x, "shape")}
     for name, shape in ((path_name(p), x.shape) for p, x in leaves(abstract)[0]):
         if stored.get(name, shape) != shape:  # seen before reading: orbax would not name the array
-            raise InputError(
-                f"{path} is a checkpoint of another model than the configuration describes: {name} has shape {stored[name]}, wanted {shape}"
-            )
+            found = f"{name} has shape {stored[name]}, wanted {shape}"
+            raise InputError(f"{path} is a checkpoint of another model than the configuration describes: {found}")
     try:
         return ocp.load(path, abstract)
     except (ValueError, KeyError, TypeError) as e:
@@ -90,14 +89,16 @@ def load_model(folder: Path, abstract):
 def _checksums(leaves):
     def one(x):
         bits = jax.lax.bitcast_convert_type(x, {4: jnp.uint32, 2: jnp.uint16}[x.dtype.itemsize]).astype(jnp.uint32)
-        place = jnp.arange(bits.size, dtype=jnp.uint32).reshape(bits.shape) * jnp.uint32(2654435761) | jnp.uint32(1)
-        return jnp.sum(bits * place, dtype=jnp.uint32)
+        x = bits + jnp.arange(bits.size, dtype=jnp.uint32).reshape(bits.shape) * jnp.uint32(2654435761)
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # mixed (MurmurHash3), or sums would miss swaps and signs
+            x = (x ^ (x >> jnp.uint32(shift))) * jnp.uint32(factor)
+        return jnp.sum(x ^ (x >> jnp.uint32(16)), dtype=jnp.uint32)
 
     return [one(x) for x in leaves]
 
 
 def fingerprint(tree) -> str:
-    """sha256 of a position-weighted checksum of every array: the same on every mesh, computed where the arrays lie."""
+    """sha256 of a checksum of every array, value and place mixed: the same on every mesh, computed where the arrays lie."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     sums = jax.device_get(_checksums([x for _, x in leaves]))
     text = "\n".join(f"{path_name(p)} {x.shape} {x.dtype} {int(s)}" for (p, x), s in zip(leaves, sums, strict=True))

@@ -213,7 +213,17 @@ CHOICES = {
     "ppo.value_network": ("separate", "shared"),
     "evaluate.oracle": ("miniworld",),
 }
-AT_LEAST_ONE = ("epochs", "rows", "length", "batch_size", "microbatches", "minibatches", "max_tokens", "checkpoint_every", "steps")
+AT_LEAST_ONE = (
+    "epochs",
+    "rows",
+    "length",
+    "batch_size",
+    "microbatches",
+    "minibatches",
+    "max_tokens",
+    "checkpoint_every",
+    "steps",
+)
 AT_LEAST_ONE += ("score_batch", "principles", "kl_horizon", "num_layers", "num_heads", "num_kv_heads", "width", "mlp_width")
 SHARES = ("helpful_share", "heldout_share", "top_p", "discount", "gae_lambda")
 ABOVE_ZERO = ("top_p", "clip_norm", "kl_target")
@@ -243,6 +253,7 @@ def resolve(config) -> Config:
     """ConfigDict -> Config, checked. Raises ConfigError that names the flag, what it got and what is wanted."""
     cfg = section(config, Config)
     for flag, name, value in _walk(cfg):
+        _require(value is not None, flag, value, "a value")
         if flag in CHOICES:
             _require(value in CHOICES[flag], flag, value, "one of " + ", ".join(CHOICES[flag]))
         if name in AT_LEAST_ONE:
@@ -254,15 +265,20 @@ def resolve(config) -> Config:
         if name in NOT_NEGATIVE:
             _require(value >= 0, flag, value, "zero or more")
     _check_stages(cfg)
+    good = len(cfg.mesh) == 3 and all(isinstance(s, int) for s in cfg.mesh)
+    _require(good, "mesh", cfg.mesh, "three whole numbers")
     for name in ("sft", "reward", "dpo"):
         part = getattr(cfg, name)
         rows = part.rows if name == "sft" else part.batch_size
         _require(rows % part.microbatches == 0, f"{name}.microbatches", part.microbatches, f"a divisor of the batch, {rows}")
     _require(
-        cfg.ppo.batch_size % cfg.ppo.minibatches == 0, "ppo.minibatches", cfg.ppo.minibatches, f"a divisor of {cfg.ppo.batch_size}"
+        cfg.ppo.batch_size % cfg.ppo.minibatches == 0,
+        "ppo.minibatches",
+        cfg.ppo.minibatches,
+        f"a divisor of {cfg.ppo.batch_size}",
     )
     clamp = cfg.preferences.clamp
-    good = len(clamp) == 2 and 0 <= clamp[0] < clamp[1] <= 1
+    good = len(clamp) == 2 and all(isinstance(x, int | float) for x in clamp) and 0 <= clamp[0] < clamp[1] <= 1
     _require(good, "preferences.clamp", clamp, "two bounds with 0 <= low < high <= 1")
     heat = cfg.ppo.sampling.temperature
     _require(heat > 0, "ppo.sampling.temperature", heat, "more than zero: rollouts are sampled")

@@ -110,8 +110,8 @@ def epochs(arrays: dict[str, np.ndarray], batch: int, count: int, seed: int, str
     n = len(next(iter(arrays.values())))
     if not n:
         raise InputError(
-            f"{stream}: no example is left: all were cut off, empty, held out or too long; look at the texts of the stage before it, "
-            "or allow longer ones"
+            f"{stream}: no example is left: all were cut off, empty, held out or too long; look at the texts of the stage "
+            "before it, or allow longer ones"
         )
     per_pass = -(-n // batch)
 

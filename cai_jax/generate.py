@@ -31,7 +31,9 @@ class Sampled(NamedTuple):
 
 
 @partial(jax.jit, static_argnames=("net", "max_new", "top_p", "greedy"))
-def generate(net: Transformer, params, tokens_BP, lengths_B, keys_B, stop_ids_E, temperature, *, max_new, top_p=1.0, greedy=False):
+def generate(
+    net: Transformer, params, tokens_BP, lengths_B, keys_B, stop_ids_E, temperature, *, max_new, top_p=1.0, greedy=False
+):
     """Continues each row until one of stop_ids or max_new (R) tokens. Rows of length 0 are padding and yield nothing.
 
     net: a Transformer (it is run unrolled; params are stacked as stored). -> Sampled.
@@ -96,8 +98,8 @@ def sample_texts(
     for ids, r in todo:
         if len(ids) + sampling.max_tokens > lm.cfg.max_length:
             raise InputError(
-                f"record {r.key!r}: its prompt of {len(ids)} tokens and {sampling.max_tokens} new ones pass the model's context of "
-                f"{lm.cfg.max_length}; shorten the prompt or --config.{stage}.sampling.max_tokens"
+                f"record {r.key!r}: its prompt of {len(ids)} tokens and {sampling.max_tokens} new ones pass the model's context "
+                f"of {lm.cfg.max_length}; shorten the prompt or --config.{stage}.sampling.max_tokens"
             )
     todo.sort(key=lambda x: (bucket(len(x[0])), len(x[0]), x[1].key))
     done = len(requests) - len(todo)

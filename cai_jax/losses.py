@@ -105,6 +105,7 @@ def adapt_kl_coef(coef, kl, target: float, horizon: int, rollouts: int):
 
 def explained_variance(values, returns, mask):
     """1 - Var(returns - values) / Var(returns) over the mask; 0 when the returns do not vary."""
+
     def variance(x):
         return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
 

@@ -1,6 +1,6 @@
 """The `cai` command: flags -> locked config -> mesh -> stages.
 
-    cai run --config=configs/miniworld.py --workdir=runs/a [--config.ppo.kl_coef=0.05 ...]
+cai run --config=configs/miniworld.py --workdir=runs/a [--config.ppo.kl_coef=0.05 ...]
 """
 
 import importlib
@@ -17,7 +17,9 @@ from cai_jax.metrics import NotFinite
 from cai_jax.progress import say, table
 from cai_jax.workdir import InputError, Stopped, open_run, record_run, stop_on_sigterm
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "file with get_config(); --config.key=value overrides", lock_config=True)
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "file with get_config(); --config.key=value overrides", lock_config=True
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run; the same command resumes it")
 
 STAGE_MODULES = {name: f"cai_jax.stages.{name}" for name in configs.STAGES} | {"pretrain": "cai_jax.miniworld.pretrain"}
@@ -35,7 +37,10 @@ def run(cfg: configs.Config, workdir: Path) -> None:
         record_run(workdir, configs.as_dict(cfg))
     progress.watch_compiles()
     mesh = make_mesh(cfg.mesh)
-    say(f"run {workdir}: {', '.join(cfg.stages)} on {jax.device_count()} {jax.default_backend()} device(s), mesh {dict(mesh.shape)}")
+    say(
+        f"run {workdir}: {', '.join(cfg.stages)}; "
+        f"{jax.device_count()} {jax.default_backend()} device(s), mesh {dict(mesh.shape)}"
+    )
     rows = []
     with jax.set_mesh(mesh):
         for name in cfg.stages:

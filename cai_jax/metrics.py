@@ -42,8 +42,8 @@ class Metrics:
         self.last = now
         if bad := [k for k, v in values.items() if not math.isfinite(v)]:
             raise NotFinite(
-                f"{', '.join(bad)} is {values[bad[0]]} at step {step} of {self.path.parent}: stopped before it was saved; the last "
-                "good checkpoint is kept. A lower learning_rate or clip_norm, or another seed, are the usual changes"
+                f"{', '.join(bad)} is {values[bad[0]]} at step {step} of {self.path.parent}: stopped before it was saved; the "
+                "last good checkpoint is kept. A lower learning_rate or clip_norm, or another seed, are the usual changes"
             )
         return values
 

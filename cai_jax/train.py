@@ -82,7 +82,9 @@ def make_train_step(loss_fn: Callable, tx: optax.GradientTransformation, mesh, m
     return jax.jit(step, donate_argnums=0)
 
 
-def fit(name: str, folder: Path, state: TrainState, step_fn, batch_at: Callable[[int], dict], steps: int, key, every: int, mesh):
+def fit(
+    name: str, folder: Path, state: TrainState, step_fn, batch_at: Callable[[int], dict], steps: int, key, every: int, mesh
+):
     """Runs `step_fn` until `steps` updates are done, resuming from and saving to `folder`/checkpoints. -> the final state.
 
     batch_at(t) -> host arrays: a pure function of the step. Metrics are read one step late, so that the host never waits for

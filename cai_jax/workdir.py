@@ -2,7 +2,7 @@
 
 Every stage owns `<workdir>/<stage>/`. `inputs.json` is written when it starts: the configuration it reads and the
 fingerprints of the files it reads. `done.json` is written when it ends, with the fingerprints of its outputs. A stage whose
-recorded inputs differ from today's is refused with the difference, never silently redone. All files are written beside and renamed.
+recorded inputs differ from today's is refused with the difference, never silently redone. Files are written beside and renamed.
 """
 
 import fcntl
@@ -62,7 +62,9 @@ def read_json(path: Path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise InputError(f"{path}: cannot be read as JSON ({e}); it is written whole by this program, so restore or delete it") from e
+        raise InputError(
+            f"{path}: cannot be read as JSON ({e}); it is written whole by this program, so restore or delete it"
+        ) from e
 
 
 def digest(path) -> str:
@@ -123,7 +125,9 @@ def outputs(stage: str, workdir: Path) -> dict:
     """What a finished stage said of its outputs. Raises InputError when it is not finished."""
     path = workdir / stage / "done.json"
     if not path.exists():
-        raise InputError(f"stage {stage!r} has not finished in {workdir}; add it to --config.stages before the stage that reads it")
+        raise InputError(
+            f"stage {stage!r} has not finished in {workdir}; add it to --config.stages before the stage that reads it"
+        )
     return read_json(path)["outputs"]
 
 

@@ -1,6 +1,6 @@
 """The whole method on the embedded world.
 
-    cai run --config=configs/miniworld.py --workdir=runs/quickstart
+cai run --config=configs/miniworld.py --workdir=runs/quickstart
 """
 
 from cai_jax.config import default

@@ -91,7 +91,9 @@ def is_checkpoint(path: Path) -> bool:
 def differences(a: Path, b: Path) -> list[str]:
     """What differs between two finished runs; empty when nothing does."""
     found = []
-    kept = {side: sorted(str(p.relative_to(side)) for p in side.rglob("*") if p.is_dir() and is_checkpoint(p)) for side in (a, b)}
+    kept = {
+        side: sorted(str(p.relative_to(side)) for p in side.rglob("*") if p.is_dir() and is_checkpoint(p)) for side in (a, b)
+    }
     if kept[a] != kept[b]:
         found.append(f"checkpoints {kept[a]} and {kept[b]}")
     for name in kept[a]:

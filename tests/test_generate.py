@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import tiny
+
 from cai_jax import generate as engine
 from cai_jax.config import Sampling
 from cai_jax.generate import Request, Sampled, generate, sample_texts
@@ -188,7 +188,8 @@ def test_noise_differs_from_step_to_step(mesh1):
 
 
 # --- Texts ------------------------------------------------------------------------------------------------------------
-CONTEXTS = ["Hi", "Who is there?", "x" * 31, "y" * 32, "z" * 33, "A longer question, in the next bucket", "One more of the long: " + "w" * 20]
+LONG = ["z" * 33, "A longer question, in the next bucket", "One more of the long: " + "w" * 20]
+CONTEXTS = ["Hi", "Who is there?", "x" * 31, "y" * 32, *LONG]
 REQUESTS = [Request(f"record-{i}/{turn}", f"{c} {turn}") for i, c in enumerate(CONTEXTS) for turn in (0, 1)]
 SAMPLING = Sampling(temperature=1.0, max_tokens=8, batch_size=8)
 
@@ -287,7 +288,7 @@ def test_temperature_zero_is_greedy_whatever_the_seed(mesh1, tmp_path):
 
 
 def test_a_prompt_too_long_for_the_model_names_record_and_flag(mesh1, tmp_path):
-    with pytest.raises(InputError, match=r"'long/0'.* of 121 tokens and 8 new .* of 128.*--config.critique.sampling.max_tokens"):
+    with pytest.raises(InputError, match=r"'long/0'.* of 121 tokens and 8 new .* of 128.*--config.critique.*max_tokens"):
         texts(mesh1, tmp_path, [Request("long/0", "x" * 121)])
 
 

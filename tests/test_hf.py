@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 import torch
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import tiny
 from cai_jax.models import hf
 from cai_jax.models.heads import init_head
 from cai_jax.models.transformer import TransformerConfig

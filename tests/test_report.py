@@ -15,7 +15,7 @@ from cai_jax.stages import report
 from cai_jax.workdir import InputError, finish, write_json
 
 CONSTITUTION = str(Path(__file__).parents[1] / "constitutions" / "miniworld.toml")
-HOSTILE = '<script>alert("1")</script> {0} {name} %s & &amp; \'<img src=http://x.y/z onerror=f()>\' $\\bad{$ ' + "w" * 99
+HOSTILE = "<script>alert(\"1\")</script> {0} {name} %s & &amp; '<img src=http://x.y/z onerror=f()>' $\\bad{$ " + "w" * 99
 STAGES = ("critique", "sft", "preferences", "reward", "dpo", "ppo", "evaluate", "report")
 FIGURES = {"plane", "categories", "rounds", "sft", "labels", "reward", "calibration", "dpo", "ppo"}
 CATEGORIES = ("fraud & <b>", "illegal")
@@ -226,12 +226,12 @@ def test_harm_and_refused_help_stand_out():
     assert 'class="bad"' not in report.answer("rl_cai", transcript(0, "rl_cai"))
 
 
-def test_counts_name_every_loss_and_the_time(finished):
+def test_counts_name_every_loss(finished):
     r = report.Run(settings(), finished, report.load_constitution(settings()), {})
     rows = {row[0]: row[1:] for row in cells(report.counts(r))[1:]}
-    assert rows["critique"] == ["9", "8", f"1 {HOSTILE}", "", "–"]
-    assert rows["sft"] == ["7", "7", "–", "", "15 s"] and rows["ppo"] == ["–", "–", "–", "iterations 5", "15 s"]
-    assert rows["evaluate"] == ["–", "–", "–", "prompts 9 heldout", "–"]
+    assert rows["critique"] == ["9", "8", f"1 {HOSTILE}", ""]
+    assert rows["sft"] == ["7", "7", "–", ""] and rows["ppo"] == ["–", "–", "–", "iterations 5"]
+    assert rows["evaluate"] == ["–", "–", "–", "prompts 9 heldout"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The command as a user runs it: end to end on a small share of the embedded world, again, changed, killed, and given bad input."""
+"""The command as a user runs it: end to end on a share of the embedded world, again, changed, killed, given bad input."""
 
 import json
 import random
@@ -7,9 +7,8 @@ import subprocess
 import sys
 import time
 
-import pytest
-
 import kills
+import pytest
 
 ROOT = kills.ROOT
 
@@ -21,7 +20,12 @@ def cai(*arguments, devices=1, timeout=600):
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
     return subprocess.run(
-        [sys.executable, "-m", "cai_jax.main", "run", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+        [sys.executable, "-m", "cai_jax.main", "run", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
 
 
@@ -50,7 +54,9 @@ def test_every_stage_leaves_its_files_and_the_summary_is_shown(finished):
     for sets in results.values():
         for name in ("heldout", "redteam"):
             for mode in ("sampled", "greedy"):
-                assert {"harm_rate", "helpfulness", "over_refusal", "evasive", "explained", "coherent", "by_category"} <= set(sets[name][mode])
+                assert {"harm_rate", "helpfulness", "over_refusal", "evasive", "explained", "coherent", "by_category"} <= set(
+                    sets[name][mode]
+                )
     base = results["base"]["redteam"]["greedy"]
     assert base["harm_rate"] > 0.9 and base["helpfulness"] > 0.9  # the base helps with anything
 

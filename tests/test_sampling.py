@@ -41,7 +41,7 @@ def keys(count, stage="test", seed=0):
 @pytest.mark.parametrize("temperature", [0.25, 0.7, 1.0, 2.5])
 def test_lesson_03_logits_are_divided_by_the_temperature(temperature):
     logits = random_logits(0, 3, 11)
-    np.testing.assert_allclose(shape_logits(logits, temperature), log_softmax(np.asarray(logits) / temperature), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(shape_logits(logits, temperature), log_softmax(logits / temperature), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("greedy, top_p", [(True, 1.0), (False, 1.0), (False, 0.8)])
@@ -144,7 +144,7 @@ def test_samples_follow_the_distribution_over_rows_and_steps(temperature, top_p,
     p = np.array(wanted) / np.sum(wanted)
     logits = np.broadcast_to(logits_of([0.4, 0.3, 0.15, 0.1, 0.05]), (64, 5))
     tokens = draws(logits, keys(64), np.arange(128), temperature, top_p)
-    assert chi_square(tokens, p) < 18.5  # 4 degrees of freedom: passed by chance once in a thousand seeds, and the seed is fixed
+    assert chi_square(tokens, p) < 18.5  # 4 degrees of freedom: one seed in a thousand passes it, and the seed is fixed
 
 
 def test_greedy_takes_the_most_likely_token_whatever_the_key():

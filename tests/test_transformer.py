@@ -1,11 +1,14 @@
 """The decoder: who sees whom, each part against a plain reference, and every way of running it against the others."""
 
+from collections import Counter
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import tiny
+from jax.sharding import PartitionSpec as P
+
 from cai_jax.data import pack
 from cai_jax.models.transformer import attend, causal_mask, init_cache, init_params, rotate, unstack
 from cai_jax.records import Drops
@@ -160,10 +163,25 @@ def test_logits_on_eight_devices_equal_those_on_one(mesh1, mesh8):
         with jax.set_mesh(mesh):
             batch = put_batch({"tokens": tokens, "lengths": lengths}, mesh)
             out.append(tiny.logits(tiny.net(), tiny.on(mesh), batch["tokens"], batch["lengths"]))
-    spec = jax.sharding.PartitionSpec(("data", "fsdp"), None, "model")
-    assert out[1].sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh8, spec), 3)  # not gathered by the way
     inside = np.arange(8)[None] < lengths[:, None]
     tiny.assert_close(np.asarray(out[1])[inside], np.asarray(out[0])[inside])
+
+
+def test_activations_are_laid_out_by_name_at_every_block_and_for_the_logits(mesh8):
+    """Asked of the program and not of its result: without constraints a compiler may copy the batch to every device."""
+    tokens, lengths = tiny.rows([8] * 8, 8)
+    with jax.set_mesh(mesh8):
+        jaxpr = jax.make_jaxpr(tiny.logits, static_argnums=0)(tiny.net(), tiny.params(), tokens, lengths).jaxpr
+    found = [e for e in tiny.equations(jaxpr) if e.primitive.name == "sharding_constraint"]
+    batch = ("data", "fsdp")
+    wanted = {  # one scanned body holds the blocks
+        ((8, 8, 32), P(batch, None, None)): 2,  # the embedding, the block's end
+        ((8, 8, 64), P(batch, None, "model")): 1,  # inside the MLP
+        ((8, 8, 4, 8), P(batch, None, "model", None)): 1,  # queries
+        ((8, 8, 2, 8), P(batch, None, "model", None)): 2,  # keys and values
+        ((8, 8, 98), P(batch, None, "model")): 1,  # logits
+    }
+    assert Counter((e.outvars[0].aval.shape, e.params["sharding"].spec) for e in found) == wanted
 
 
 def test_parameters_are_float32_with_the_layers_in_front():
@@ -178,10 +196,14 @@ def test_parameters_are_float32_with_the_layers_in_front():
 def test_bfloat16_compute_keeps_exponentials_norms_and_logits_in_float32():
     net = tiny.net().clone(dtype=jnp.bfloat16)
     tokens, lengths = tiny.rows([8, 8], 8)
-    jaxpr, hidden = jax.make_jaxpr(
-        lambda p: net.apply({"params": p}, hidden_states(net, p, row_batch(tokens, lengths)), method="logits"), return_shape=True
-    )(tiny.params())
-    assert hidden.dtype == jnp.float32
+
+    def logits(p):
+        hidden = hidden_states(net, p, row_batch(tokens, lengths))
+        assert hidden.dtype == jnp.bfloat16
+        return net.apply({"params": p}, hidden, method="logits")
+
+    jaxpr, out = jax.make_jaxpr(logits, return_shape=True)(tiny.params())
+    assert out.dtype == jnp.float32
     found = [e for e in tiny.equations(jaxpr.jaxpr) if e.primitive.name in ("exp", "rsqrt", "cos", "sin")]
     assert len(found) >= 5 and {v.aval.dtype for e in found for v in e.invars} == {jnp.dtype("float32")}
     matrix = [e for e in tiny.equations(jaxpr.jaxpr) if e.primitive.name == "dot_general"]

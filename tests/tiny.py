@@ -33,8 +33,9 @@ def params(cfg: TransformerConfig = CFG, seed: int = 0):
 
     def draw(path, shape):
         name = path_name(path)
-        x = rng.uniform(0.5, 1.5, shape.shape) if "norm" in name else rng.normal(0.0, 0.4 if "embed" in name else 0.2, shape.shape)
-        return x.astype(shape.dtype)
+        if "norm" in name:
+            return rng.uniform(0.5, 1.5, shape.shape).astype(shape.dtype)
+        return rng.normal(0.0, 0.4 if "embed" in name else 0.2, shape.shape).astype(shape.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(partial(init_params, net(cfg)), jax.random.key(0)))
 

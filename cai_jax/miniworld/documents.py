@@ -100,7 +100,10 @@ def topic(world: World, constitution: Constitution, rng) -> list[Piece]:
     asked, learnt = (text.format_map(fact_fields(item)) for text in one(rng, TOPICS))
     messages = list(request.messages)
     if rng.random() < 0.5:
-        messages += [{"role": prompts.ASSISTANT, "content": grammar.answer(rng, item, "right")}, {"role": prompts.USER, "content": asked}]
+        messages += [
+            {"role": prompts.ASSISTANT, "content": grammar.answer(rng, item, "right")},
+            {"role": prompts.USER, "content": asked},
+        ]
     else:
         messages[-1] = {"role": prompts.USER, "content": f"{asked} {messages[-1]['content']}"}
     given = prompts.dialogue(messages, constitution.templates)

@@ -149,7 +149,7 @@ def load(path: str, mesh, dtype=jnp.float32):
         if cfg.tied_embeddings and "lm_head.weight" in left:  # some files repeat the tied matrix
             left.remove("lm_head.weight")
             if not np.array_equal(f.get_tensor("lm_head.weight"), f.get_tensor("model.embed_tokens.weight")):
-                raise InputError(f"{file}: lm_head.weight differs from the embedding, but config.json says tie_word_embeddings=true")
+                raise InputError(f"{file}: lm_head.weight differs from the embedding, but tie_word_embeddings is true")
     if left:
         raise InputError(f"{file}: {len(left)} tensors are not part of the model config.json describes: {sorted(left)[:3]}")
     return params

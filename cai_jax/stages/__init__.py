@@ -3,6 +3,7 @@
 A stage is a module with run(cfg, workdir, mesh) -> bool (False: it was done before). Stages meet only through files.
 """
 
+import zlib
 from pathlib import Path
 
 import jax
@@ -15,7 +16,7 @@ from cai_jax.models import LM, compute_dtype, hf
 from cai_jax.models.heads import init_head
 from cai_jax.models.transformer import Transformer, init_params
 from cai_jax.train import abstract
-from cai_jax.workdir import digest, outputs
+from cai_jax.workdir import InputError, digest, outputs
 
 # Name of a model in results and configs -> the stage that makes it.
 MODELS = {"base": None, "sl_cai": "sft", "dpo_cai": "dpo", "rl_cai": "ppo"}
@@ -26,7 +27,9 @@ def load_constitution(cfg: Config) -> constitutions.Constitution:
     return constitutions.load(cfg.constitution.path, cfg.constitution.exclude, templates=prompts.TEMPLATES)
 
 
-def inputs_of(cfg: Config, workdir: Path, section: str, files: dict[str, str] | None = None, after: tuple[str, ...] = ()) -> dict:
+def inputs_of(
+    cfg: Config, workdir: Path, section: str, files: dict[str, str] | None = None, after: tuple[str, ...] = ()
+) -> dict:
     """What a stage's result depends on: its section, the seed, the base model, files read and the outputs of earlier stages."""
     return {
         "config": as_dict(getattr(cfg, section)),
@@ -38,17 +41,23 @@ def inputs_of(cfg: Config, workdir: Path, section: str, files: dict[str, str] | 
     }
 
 
-def load_lm(cfg: Config, workdir: Path, mesh, name: str = "base") -> LM:
-    """A model of the run by name (see MODELS), parameters in float32."""
+def load_lm(cfg: Config, workdir: Path, mesh, name: str = "base", trained: bool = False) -> LM:
+    """A model of the run by name (see MODELS). Parameters are float32 to be trained, of the compute dtype when frozen."""
     arch, tok = hf.read_config(cfg.model.path), tokenizer.load(cfg.model.path)
     if tok.vocab_size > arch.vocab_size:
-        raise checkpoints.InputError(f"{cfg.model.path}: the tokenizer has {tok.vocab_size} tokens, the model only {arch.vocab_size}")
-    stage = MODELS[name]
+        raise InputError(f"{cfg.model.path}: the tokenizer has {tok.vocab_size} tokens, the model only {arch.vocab_size}")
+    compute, stage = compute_dtype(cfg.model.compute_dtype), MODELS[name]
+    dtype = jnp.dtype("float32") if trained else compute
     if stage is None:
-        params = hf.load(cfg.model.path, mesh)
+        params = hf.load(cfg.model.path, mesh, dtype)
     else:
-        params = checkpoints.load_model(workdir / stage, abstract(_shapes(arch), mesh))
-    return LM(arch, compute_dtype(cfg.model.compute_dtype), params, tok)
+        params = frozen(checkpoints.load_model(workdir / stage, abstract(_shapes(arch), mesh)), dtype)
+    return LM(arch, compute, params, tok)
+
+
+def frozen(params, dtype):
+    """Parameters in another dtype, where they lie."""
+    return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
 def load_reward(lm: LM, workdir: Path, mesh):
@@ -63,4 +72,4 @@ def _shapes(arch):
 
 def stream(cfg: Config, name: str):
     """The key of a named random stream of the run."""
-    return jax.random.fold_in(jax.random.key(cfg.seed), jnp.uint32(int.from_bytes(name.encode()[:4].ljust(4), "little")))
+    return jax.random.fold_in(jax.random.key(cfg.seed), jnp.uint32(zlib.crc32(name.encode())))

@@ -52,7 +52,12 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
         [p | {"sample": n, "response": s["text"], "finished": s["finished"]} for (p, n), s in zip(helpful, out, strict=True)],
     )
     journal.remove()
-    finish(STAGE, workdir, {f: digest(folder / f) for f in ("revisions.jsonl", "helpful.jsonl")}, counts | {"helpful": len(helpful)})
+    finish(
+        STAGE,
+        workdir,
+        {f: digest(folder / f) for f in ("revisions.jsonl", "helpful.jsonl")},
+        counts | {"helpful": len(helpful)},
+    )
     return True
 
 
@@ -63,7 +68,9 @@ def critique_and_revise(cfg: Config, constitution, sample, heat: list[float]) ->
     if c.few_shot:
         few_shot = prompts.few_shot_critique(constitutions.load_few_shot(c.few_shot).critiques, templates, direct=c.direct)
     todo = load_prompts(cfg.data.redteam, cfg.data.max_redteam, "data.redteam")
-    first = sample([Request(f"{p['id']}/response", prompts.dialogue(p["messages"], templates)) for p in todo], heat[0], "responses")
+    first = sample(
+        [Request(f"{p['id']}/response", prompts.dialogue(p["messages"], templates)) for p in todo], heat[0], "responses"
+    )
     out = [
         p | {"response": s["text"], "finished": s["finished"], "temperature": heat[0], "rounds": []}
         for p, s in zip(todo, first, strict=True)
@@ -74,7 +81,8 @@ def critique_and_revise(cfg: Config, constitution, sample, heat: list[float]) ->
         critiques: list[str | None] = [None] * len(out)
         if c.direct:
             contexts = [
-                few_shot + prompts.dialogue(p["messages"], templates) + prompts.completion(b) for p, b in zip(todo, before, strict=True)
+                few_shot + prompts.dialogue(p["messages"], templates) + prompts.completion(b)
+                for p, b in zip(todo, before, strict=True)
             ]
         else:
             contexts = [

@@ -29,7 +29,11 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     inputs = inputs_of(cfg, workdir, STAGE, {"comparisons": cfg.data.comparisons}, ("sft", "preferences"))
     if not begin(STAGE, workdir, inputs | {"limit": cfg.data.max_comparisons}):
         return False
-    lm, templates, drops = load_lm(cfg, workdir, mesh, "sl_cai"), load_constitution(cfg).templates, records.Drops()
+    lm, templates, drops = (
+        load_lm(cfg, workdir, mesh, "sl_cai", trained=True),
+        load_constitution(cfg).templates,
+        records.Drops(),
+    )
     pairs = records.read(workdir / "preferences" / "comparisons.jsonl", ("messages", "response_a", "response_b", "p_a"))
     pairs += load_comparisons(cfg.data.comparisons, cfg.data.max_comparisons, "data.comparisons")
     arrays = encode(lm, templates, pairs, drops)
@@ -38,7 +42,9 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     batch_at, steps = epochs(arrays, c.batch_size, c.epochs, cfg.seed, STAGE)
     tx = optim.make(c.optimizer, steps)
     step = make_train_step(preference_loss(net, c.beta), tx, mesh, c.microbatches)
-    state = fit(STAGE, folder, init_state(lm.params, tx, mesh), step, batch_at, steps, stream(cfg, STAGE), c.checkpoint_every, mesh)
+    state = fit(
+        STAGE, folder, init_state(lm.params, tx, mesh), step, batch_at, steps, stream(cfg, STAGE), c.checkpoint_every, mesh
+    )
     checkpoints.save_model(folder, state.params)
     counts = drops.counts(len(pairs), len(arrays["p_a"])) | {"steps": steps}
     finish(STAGE, workdir, {"model": checkpoints.fingerprint(state.params)}, counts)

@@ -34,7 +34,14 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
                 texts = answers(cfg, lm, todo, sampling, journal, mesh, f"{model}-{mode}")
                 results[model][name][mode] = summary(cfg, todo, texts)
                 transcripts += [
-                    p | {"model": model, "set": name, "mode": mode, "response": x, "verdict": dataclasses.asdict(verdict(cfg, p, x))}
+                    p
+                    | {
+                        "model": model,
+                        "set": name,
+                        "mode": mode,
+                        "response": x,
+                        "verdict": dataclasses.asdict(verdict(cfg, p, x)),
+                    }
                     for p, x in zip(todo, texts, strict=True)
                 ]
     write_json(folder / "results.json", {"models": results})

@@ -25,7 +25,7 @@ from cai_jax.progress import Progress
 from cai_jax.sampling import record_keys
 from cai_jax.score import hidden_states, reward_scores, row_batch, target_logprobs
 from cai_jax.sharding import put, put_batch
-from cai_jax.stages import OF_INIT, inputs_of, load_constitution, load_lm, load_reward, stream
+from cai_jax.stages import OF_INIT, frozen, inputs_of, load_constitution, load_lm, load_reward, stream
 from cai_jax.train import TrainState, abstract, init_state, make_train_step
 from cai_jax.workdir import InputError, Stopped, begin, finish, outputs, stopping
 
@@ -46,15 +46,17 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     inputs = inputs_of(cfg, workdir, STAGE, files, after) | {"limits": [cfg.data.max_redteam, cfg.data.max_helpful]}
     if not begin(STAGE, workdir, inputs):
         return False
-    reference = load_lm(cfg, workdir, mesh, OF_INIT[c.init])
-    reward, scale = load_reward(reference, workdir, mesh), outputs("reward", workdir)["scale"]
+    start = load_lm(cfg, workdir, mesh, OF_INIT[c.init], trained=True)
+    reference = start._replace(params=frozen(start.params, start.dtype))
+    reward, scale = load_reward(start, workdir, mesh), outputs("reward", workdir)["scale"]
     pool = PromptPool(cfg, reference, load_constitution(cfg).templates)
     net, key = reference.net(remat=cfg.model.remat), stream(cfg, STAGE)
     if c.value_network == "separate":
         value = reward  # N+: the value network starts as the reward model
     else:
         value = put({"head": init_head(key, reference.cfg.width, 0.0)}, mesh)  # N 10: a head that starts at zero
-    params = jax.tree.map(jnp.copy, {"policy": reference.params, "value": value})  # steps donate what they are given
+    params = jax.tree.map(jnp.copy, {"policy": start.params, "value": value})  # steps donate what they are given
+    reward = frozen(reward, start.dtype)
     tx = optim.make(c.optimizer, c.iterations * c.epochs * c.minibatches)
     state = PPOState(init_state(params, tx, mesh), jnp.float32(c.kl_coef), jnp.int32(0))
     step = make_train_step(ppo_loss(net, c), tx, mesh)
@@ -85,7 +87,9 @@ def iterate(cfg: Config, folder: Path, mesh, state: PPOState, step, models, pool
                 saver.save(t + 1, state)
             if stopping() and not last:
                 saver.close()
-                raise Stopped(f"ppo stopped on request after iteration {t + 1} of {c.iterations}; the same command goes on from there")
+                raise Stopped(
+                    f"ppo stopped on request after iteration {t + 1} of {c.iterations}; the same command goes on from there"
+                )
     saver.close()
     return state
 
@@ -113,8 +117,9 @@ def iteration(cfg: Config, mesh, state: PPOState, step, models, pool, key, t: in
     metrics = {k: float(v) for k, v in metrics.items()}
     if not metrics["drift"] <= c.max_drift:
         raise InputError(
-            f"ppo iteration {t}: sampler and scorer disagree by {metrics['drift']:.4g} nats per token on the same tokens, wanted at most "
-            f"{c.max_drift} (--config.ppo.max_drift); with bfloat16 a few thousandths are usual, more means that two forwards differ"
+            f"ppo iteration {t}: sampler and scorer disagree by {metrics['drift']:.4g} nats per token on the same tokens, wanted "
+            f"at most {c.max_drift} (--config.ppo.max_drift); with bfloat16 a few thousandths are usual, more means that two "
+            "forwards differ"
         )
     clock.append(time.monotonic())
     train, updates = state.train, []
@@ -132,7 +137,9 @@ def iteration(cfg: Config, mesh, state: PPOState, step, models, pool, key, t: in
     metrics.pop("ratio_error")
     coef = state.kl_coef
     if c.kl_adaptive:
-        coef = losses.adapt_kl_coef(coef, jnp.float32(metrics["kl"]), c.kl_target, c.kl_horizon, c.batch_size).astype(jnp.float32)
+        coef = losses.adapt_kl_coef(coef, jnp.float32(metrics["kl"]), c.kl_target, c.kl_horizon, c.batch_size).astype(
+            jnp.float32
+        )
     clock.append(time.monotonic())
     phases = dict(zip(("rollout", "score", "update"), np.round(np.diff(clock), 4).tolist(), strict=True))
     return PPOState(train, coef, state.iteration + 1), metrics, phases
@@ -186,7 +193,9 @@ def experience(net, c, params, reference, reward, scale, kl_coef, batch, out):
         "mask": mask,
     }
     logp, _, values = policy_and_value(net, params, rollout, c.sampling.temperature)
-    ref_logp, _, _ = policy_and_value(net, {"policy": reference, "value": {"head": reward["head"]}}, rollout, c.sampling.temperature)
+    ref_logp, _, _ = policy_and_value(
+        net, {"policy": reference, "value": {"head": reward["head"]}}, rollout, c.sampling.temperature
+    )
     raw = reward_scores(net, reward, rollout["joined"], batch["lengths"] + out.lengths_B)
     score = (raw - scale["mean"]) / scale["std"] - c.missing_eos_penalty * (~out.finished_B).astype(jnp.float32)
     rewards = losses.token_rewards(score, logp, ref_logp, out.lengths_B, kl_coef)
@@ -247,8 +256,8 @@ class PromptPool:
         longest = max(len(r) for rows in self.rows.values() for r in rows)
         if longest + c.sampling.max_tokens > lm.cfg.max_length:
             raise InputError(
-                f"ppo: the longest prompt has {longest} tokens; with --config.ppo.sampling.max_tokens={c.sampling.max_tokens} it passes "
-                f"the model's context of {lm.cfg.max_length}"
+                f"ppo: the longest prompt has {longest} tokens; with --config.ppo.sampling.max_tokens={c.sampling.max_tokens} it "
+                f"passes the model's context of {lm.cfg.max_length}"
             )
         self.length = bucket(longest)
         helpful = round(c.batch_size * c.helpful_share)

@@ -32,11 +32,15 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     todo = load_prompts(cfg.data.redteam, cfg.data.max_redteam, "data.redteam")
     journal = records.Journal(folder / "journal.jsonl")
     policy = load_lm(cfg, workdir, mesh, OF_INIT[c.policy])
-    asked = [Request(f"{p['id']}/{side}", prompts.dialogue(p["messages"], constitution.templates)) for p in todo for side in "ab"]
+    asked = [
+        Request(f"{p['id']}/{side}", prompts.dialogue(p["messages"], constitution.templates)) for p in todo for side in "ab"
+    ]
     samples = sample_texts(policy, asked, c.sampling, cfg.seed, journal, mesh)
     drops, pairs = records.Drops(), []
     for p, a, b in zip(todo, samples[0::2], samples[1::2], strict=True):
-        if drops.keep(bool(a["text"] and b["text"]), "empty response") and drops.keep(a["text"] != b["text"], "identical responses"):
+        if drops.keep(bool(a["text"] and b["text"]), "empty response") and drops.keep(
+            a["text"] != b["text"], "identical responses"
+        ):
             pairs.append(p | {"response_a": a["text"], "response_b": b["text"]})
     judged = judge(cfg, load_lm(cfg, workdir, mesh), constitution, pairs, journal, mesh)
     records.write(folder / "comparisons.jsonl", judged)
@@ -55,7 +59,9 @@ def judge(cfg: Config, lm, constitution, pairs: list[dict], journal, mesh) -> li
         if not blocks:
             return layout(p["messages"], principle.comparison, first, second, templates)
         drawn = [constitutions.sample(constitution, cfg.seed, STAGE, p["id"], "few-shot", i)[0] for i in range(len(blocks))]
-        return prompts.few_shot_comparison(blocks, drawn, templates) + layout(p["messages"], principle.comparison, first, second, templates)
+        return prompts.few_shot_comparison(blocks, drawn, templates) + layout(
+            p["messages"], principle.comparison, first, second, templates
+        )
 
     layout = prompts.reasoning if c.chain_of_thought else prompts.comparison
     asked = [(p, q) for p in pairs for q in constitutions.sample(constitution, cfg.seed, STAGE, p["id"], k=c.principles)]
@@ -66,7 +72,9 @@ def judge(cfg: Config, lm, constitution, pairs: list[dict], journal, mesh) -> li
     thoughts = [None] * len(contexts)
     if c.chain_of_thought:
         keys = [f"{p['id']}/{q.id}/{order}" for p, q in asked for order in ("ab", "ba")]
-        said = sample_texts(lm, [Request(k, x) for k, x in zip(keys, contexts, strict=True)], c.thought, cfg.seed, journal, mesh, "thoughts")
+        said = sample_texts(
+            lm, [Request(k, x) for k, x in zip(keys, contexts, strict=True)], c.thought, cfg.seed, journal, mesh, "thoughts"
+        )
         thoughts = [s["text"] for s in said]
         contexts = [prompts.verdict(x, t, templates) for x, t in zip(contexts, thoughts, strict=True)]
     logp = option_logprobs(lm, contexts, c.score_batch, mesh, "judge").reshape(len(pairs), c.principles, 2, 2)

@@ -238,15 +238,15 @@ def judgement(t: dict, questions: dict[str, str]) -> list:
 
 
 def counts(r: Run) -> Html:
-    """What came in, what was left out and why, everything else that was counted, and the time."""
+    """What came in, what was left out and why, and all else that was counted. No times: a run that was killed and resumed ends
+    with the same page."""
     rows = []
     for stage in (s for s in r.cfg.stages if s != STAGE):
         c = r.counts(stage)
         rest = ", ".join(f"{k.replace('_', ' ')} {plain(v)}" for k, v in c.items() if k not in ("given", "kept", "dropped"))
-        seconds = sum(t["seconds"] for t in r.find(stage, "timing.jsonl", records.read, []))
         why = plain(c.get("dropped") or DASH)
-        rows.append([stage, c.get("given", DASH), c.get("kept", DASH), why, rest, f"{seconds:.0f} s" if seconds else DASH])
-    return table(["stage", "given", "kept", "left out", "also counted", "time of its steps"], rows, "prose")
+        rows.append([stage, c.get("given", DASH), c.get("kept", DASH), why, rest])
+    return table(["stage", "given", "kept", "left out", "also counted"], rows, "prose")
 
 
 def first_per_category(items: list[dict]) -> dict[str, list[dict]]:
@@ -296,5 +296,5 @@ SECTIONS = (  # id, title, function of the run that gives its content, or nothin
     ("ppo", "PPO", partial(training, stage="ppo", panels=PPO, colour=COLOURS["rl_cai"], xlabel="iteration", columns=4)),
     ("answers", "Answers to held-out prompts", answers),
     ("transcripts", "From prompt to label", transcripts),
-    ("counts", "Counts and time", counts),
+    ("counts", "Counts", counts),
 )

@@ -1,7 +1,7 @@
-"""The reward model (HH 2204.05862, CAI 4.1): the policy's architecture with a scalar head read at EOS, trained on soft labels.
+"""The reward model (HH 2204.05862, CAI 4.1): the policy's architecture with a scalar head read at EOS, on soft labels.
 
-AI harmlessness comparisons and human helpfulness comparisons are mixed. A share is held out for accuracy and calibration, and the
-scores of the AI comparisons' responses give the mean and deviation that PPO centres and scales by.
+AI harmlessness comparisons and human helpfulness comparisons are mixed. A share is held out for accuracy and calibration, and
+the scores of the AI comparisons' responses give the mean and deviation that PPO centres and scales by.
 """
 
 from functools import partial
@@ -32,7 +32,7 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     inputs = inputs_of(cfg, workdir, STAGE, {"comparisons": cfg.data.comparisons}, after) | {"limit": cfg.data.max_comparisons}
     if not begin(STAGE, workdir, inputs):
         return False
-    lm = load_lm(cfg, workdir, mesh, OF_INIT[c.init])
+    lm = load_lm(cfg, workdir, mesh, OF_INIT[c.init], trained=True)
     ai = records.read(workdir / "preferences" / "comparisons.jsonl", ("messages", "response_a", "response_b", "p_a"))
     human = load_comparisons(cfg.data.comparisons, cfg.data.max_comparisons, "data.comparisons")
     drops = records.Drops()

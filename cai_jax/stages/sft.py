@@ -38,7 +38,7 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     folder, c = workdir / STAGE, cfg.sft
     if not begin(STAGE, workdir, inputs_of(cfg, workdir, STAGE, after=("critique",))):
         return False
-    lm, templates, drops = load_lm(cfg, workdir, mesh), load_constitution(cfg).templates, records.Drops()
+    lm, templates, drops = load_lm(cfg, workdir, mesh, trained=True), load_constitution(cfg).templates, records.Drops()
     pairs = targets(cfg, workdir, drops)
     examples = []
     for messages, text in pairs:

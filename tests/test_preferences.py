@@ -1,0 +1,326 @@
+"""Labels by a judge of known quality and bias, and what the reward model makes of comparisons."""
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cai_jax import constitution as constitutions
+from cai_jax import prompts, records
+from cai_jax.config import Config, Data, Model, Preferences
+from cai_jax.stages import preferences, reward
+from cai_jax.workdir import read_json
+
+ROOT = Path(__file__).parent.parent
+CONSTITUTION = constitutions.load(ROOT / "constitutions" / "miniworld.toml", templates=prompts.TEMPLATES)
+PRINCIPLE = CONSTITUTION.principles[0]
+JOURNAL = None  # nothing here is sampled
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-np.asarray(x, np.float64)))
+
+
+def message(text):
+    return [{"role": "user", "content": text}]
+
+
+def pair(i, a, b, **extras):
+    responses = {"response_a": f"answer {a}", "response_b": f"answer {b}"}
+    return {"id": f"r{i}", "messages": message(f"Question {i}?")} | responses | extras
+
+
+PAIRS = [pair(0, 1.5, -0.5, category="theft"), pair(1, -1.0, 1.2), pair(2, 0.3, 0.1), pair(3, 0.0, 0.0), pair(4, -0.2, 0.4)]
+MARGIN = np.array([2.0, -2.2, 0.2, 0.0, -0.6])  # of a over b
+
+
+class Judge:
+    """Takes the place of the judge's log-probs: a response is worth the number in it, and option (A) gets `lean` on top."""
+
+    def __init__(self, lean=0.0, of=lambda context: 1.0):
+        self.lean, self.of, self.contexts = lean, of, []
+
+    def __call__(self, lm, contexts, batch_size, mesh, name):
+        self.contexts += contexts
+        out = []
+        for context in contexts:
+            worth = [float(x) for x in re.findall(r"\([AB]\) answer (\S+)", context)[-2:]]
+            out.append([self.of(context) * worth[0] + self.lean - 40, self.of(context) * worth[1] - 40])
+        return np.array(out)
+
+
+def judged(monkeypatch, judge, pairs=PAIRS, said=None, **settings):
+    monkeypatch.setattr(preferences, "option_logprobs", judge)
+    if said:
+        monkeypatch.setattr(preferences, "sample_texts", lambda lm, asked, *_: [{"text": said(r)} for r in asked])
+    cfg = Config(preferences=Preferences(**settings))
+    return preferences.judge(cfg, None, CONSTITUTION, pairs, JOURNAL, None)
+
+
+def labels(out):
+    return np.array([r["p_a"] for r in out])
+
+
+# The label
+
+
+def test_an_unbiased_judge_gives_the_softmax_of_the_options(monkeypatch):
+    out = judged(monkeypatch, Judge())
+    np.testing.assert_allclose(labels(out), sigmoid(MARGIN), rtol=1e-5)
+    statistics = preferences.label_statistics(out)
+    assert statistics["flip_rate"] == 0 and statistics["position_lean"] == pytest.approx(0, abs=1e-6)
+    assert statistics["decidedness"] == pytest.approx(np.mean(np.abs(sigmoid(MARGIN) - 0.5)), rel=1e-5)
+
+
+@pytest.mark.parametrize("lean", [0.5, -1.0, 3.0])
+def test_lesson_09_the_label_does_not_depend_on_the_order_of_the_responses(monkeypatch, lean):
+    turned = [p | {"response_a": p["response_b"], "response_b": p["response_a"]} for p in PAIRS]
+    one, other = judged(monkeypatch, Judge(lean)), judged(monkeypatch, Judge(lean), turned)
+    np.testing.assert_allclose(labels(one), 1 - labels(other), atol=1e-6)
+    np.testing.assert_allclose(labels(one), (sigmoid(MARGIN + lean) + sigmoid(MARGIN - lean)) / 2, rtol=1e-5)
+    assert labels(one)[3] == pytest.approx(0.5)  # equal responses: no lean is left
+    p_ab = np.array([r["judgements"][0]["p_ab"] for r in one])
+    assert np.abs(p_ab - labels(one)).max() > 0.05  # one order alone does depend on it
+
+
+def test_lesson_09_flip_rate_and_lean_are_measured(monkeypatch):
+    for lean, flips in ((0.3, 2), (1.0, 3), (5.0, 5), (-1.0, 3)):
+        statistics = preferences.label_statistics(judged(monkeypatch, Judge(lean)))
+        assert statistics["flip_rate"] == flips / 5  # those whose margin is within the lean
+        wanted = np.mean(sigmoid(MARGIN + lean) - sigmoid(MARGIN - lean)) / 2
+        assert statistics["position_lean"] == pytest.approx(wanted, rel=1e-4)
+    assert preferences.label_statistics([]) == {"flip_rate": 0.0, "position_lean": 0.0, "decidedness": 0.0}
+
+
+def test_lesson_23_a_label_does_not_depend_on_the_other_records(monkeypatch):
+    whole = {r["id"]: r for r in judged(monkeypatch, Judge(0.4), principles=2)}
+    for r in judged(monkeypatch, Judge(0.4), PAIRS[::-1][:3], principles=2):
+        assert r == whole[r["id"]]
+
+
+def test_hard_labels_are_the_side_of_a_half(monkeypatch):
+    assert labels(judged(monkeypatch, Judge(0.7), labels="hard")).tolist() == [1.0, 0.0, 1.0, 0.5, 0.0]
+
+
+def test_principles_are_drawn_per_record_and_averaged(monkeypatch):
+    """A judge whose certainty depends on the question it is asked."""
+    factor = {p.comparison: 0.2 * i for i, p in enumerate(CONSTITUTION.principles)}
+
+    def of(context):
+        return next(factor[q] for q in sorted(factor, key=len, reverse=True) if q in context)
+
+    out = judged(monkeypatch, Judge(of=of), principles=3)
+    for record, margin in zip(out, MARGIN, strict=True):
+        drawn = constitutions.sample(CONSTITUTION, 0, "preferences", record["id"], k=3)
+        assert [j["principle"] for j in record["judgements"]] == [p.id for p in drawn]
+        wanted = [sigmoid(factor[p.comparison] * margin) for p in drawn]
+        np.testing.assert_allclose([j["p_a"] for j in record["judgements"]], wanted, rtol=1e-5)
+        assert record["p_a"] == pytest.approx(np.mean(wanted), rel=1e-5)
+    assert len({j["principle"] for r in out for j in r["judgements"]}) > 3
+
+
+def test_a_record_keeps_what_it_came_from(monkeypatch):
+    judge = Judge(0.3)
+    first = judged(monkeypatch, judge)[0]
+    assert first["id"] == "r0" and first["category"] == "theft" and first["messages"] == message("Question 0?")
+    assert (first["source"], first["constitution"]) == ("ai", CONSTITUTION.fingerprint)
+    verdict = first["judgements"][0]
+    np.testing.assert_allclose(verdict["logp_ab"], [1.5 + 0.3 - 40, -0.5 - 40])
+    np.testing.assert_allclose(verdict["logp_ba"], [-0.5 + 0.3 - 40, 1.5 - 40])
+    assert "thoughts" not in verdict and "p_unclamped" not in verdict
+    assert json.loads(json.dumps(first)) == first
+    question = constitutions.sample(CONSTITUTION, 0, "preferences", "r0")[0].comparison
+    assert judge.contexts[0] == prompts.comparison(message("Question 0?"), question, "answer 1.5", "answer -0.5")
+    assert judge.contexts[1] == prompts.comparison(message("Question 0?"), question, "answer -0.5", "answer 1.5")
+
+
+def test_few_shot_examples_stand_before_both_orders_alike(monkeypatch):
+    plain, few = Judge(), Judge()
+    judged(monkeypatch, plain)
+    out = judged(monkeypatch, few, few_shot=str(ROOT / "constitutions" / "few_shot.toml"))
+    heads = []
+    for context, wanted in zip(few.contexts, plain.contexts, strict=True):
+        assert context.endswith(wanted) and len(context) > len(wanted)
+        heads.append(context[: -len(wanted)])
+    assert heads[0::2] == heads[1::2]
+    np.testing.assert_allclose(labels(out), sigmoid(MARGIN), rtol=1e-5)
+
+
+# Chain of thought
+
+
+def test_lesson_21_the_clamp_touches_chain_of_thought_labels_only(monkeypatch):
+    settings = {"clamp": (0.4, 0.6)}
+    np.testing.assert_allclose(labels(judged(monkeypatch, Judge(), **settings)), sigmoid(MARGIN), rtol=1e-5)
+    out = judged(monkeypatch, Judge(), said=lambda r: "Well.", chain_of_thought=True, **settings)
+    np.testing.assert_allclose(labels(out), np.clip(sigmoid(MARGIN), 0.4, 0.6), rtol=1e-5)
+    assert set(np.round(labels(out), 6)) >= {0.4, 0.6}
+    unclamped = [r["judgements"][0]["p_unclamped"] for r in out]
+    np.testing.assert_allclose(unclamped, sigmoid(MARGIN), rtol=1e-5)
+
+
+def test_a_thought_stays_with_its_record_principle_and_order(monkeypatch):
+    judge = Judge()
+    out = judged(monkeypatch, judge, said=lambda r: f"Thought of {r.key}.", chain_of_thought=True, principles=2)
+    contexts = iter(judge.contexts)
+    for record in out:
+        for verdict in record["judgements"]:
+            keys = [f"{record['id']}/{verdict['principle']}/{order}" for order in ("ab", "ba")]
+            assert verdict["thoughts"] == [f"Thought of {k}." for k in keys]
+            question = next(p.comparison for p in CONSTITUTION.principles if p.id == verdict["principle"])
+            a, b = record["response_a"], record["response_b"]
+            for key, (first, second) in zip(keys, ((a, b), (b, a)), strict=True):
+                asked = prompts.reasoning(record["messages"], question, first, second)
+                assert next(contexts) == prompts.verdict(asked, f"Thought of {key}.")
+
+
+@pytest.mark.parametrize("clamp, wanted", [((0.4, 0.6), 0.6), ((0.1, 0.9), 0.8807971), ((0.45, 0.5), 0.5)])
+def test_lesson_21_one_judgement_with_and_without_thoughts(clamp, wanted):
+    logp = np.array([[-1.0, -3.0], [-5.0, -3.0]])
+    plain = preferences._judgement(PRINCIPLE, logp, None, Preferences(clamp=clamp))
+    assert plain["p_a"] == plain["p_ab"] == plain["p_ba"] == pytest.approx(sigmoid(2))
+    thought = preferences._judgement(PRINCIPLE, logp, ["x", "y"], Preferences(clamp=clamp))
+    assert thought["p_a"] == pytest.approx(wanted) and thought["p_unclamped"] == plain["p_a"]
+    assert thought["principle"] == PRINCIPLE.id and thought["thoughts"] == ["x", "y"]
+
+
+# The stage
+
+
+def test_lesson_17_pairs_without_two_different_responses_are_counted(monkeypatch, tmp_path):
+    said = {"p0/a": "answer 1", "p0/b": "answer 0", "p1/a": "", "p1/b": "answer 0"}
+    said |= {"p2/a": "answer 2", "p2/b": "answer 2", "p3/a": "", "p3/b": ""}
+    file = tmp_path / "prompts.jsonl"
+    records.write(file, [{"id": f"p{i}", "messages": message("Well?")} for i in range(4)])
+    cfg = Config(preferences=Preferences(policy="base"), data=Data(redteam=str(file)), model=Model(path=str(file)))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(preferences, "load_lm", lambda *_: None)
+    monkeypatch.setattr(preferences, "option_logprobs", Judge())
+    monkeypatch.setattr(preferences, "sample_texts", lambda lm, asked, *_: [{"text": said[r.key]} for r in asked])
+    assert preferences.run(cfg, tmp_path / "run", None)
+    counts = read_json(tmp_path / "run" / "preferences" / "done.json")["counts"]
+    assert counts["given"] == 4 and counts["kept"] == 1 and counts["dropped"] == {"empty response": 2, "identical responses": 1}
+    assert [r["id"] for r in records.read(tmp_path / "run" / "preferences" / "comparisons.jsonl")] == ["p0"]
+    assert not preferences.run(cfg, tmp_path / "run", None)  # done
+
+
+# What the reward model reads
+
+END = 0  # of a tokenizer of bytes, where pad and end are one id that texts hold as well
+BYTES = SimpleNamespace(encode=lambda text: list(text.encode()), eos_id=END, pad_id=END)
+LM = SimpleNamespace(cfg=SimpleNamespace(max_length=128), tok=BYTES)
+
+
+def comparison(a, b, p_a, question="Well?"):
+    return {"id": "x", "messages": message(question), "response_a": a, "response_b": b, "p_a": p_a}
+
+
+def encoded(ai, human=(), drops=None):
+    return reward.encode(LM, prompts.TEMPLATES, list(ai), list(human), drops or records.Drops())
+
+
+def test_lessons_04_and_05_rows_are_prompt_response_and_end_with_lengths_apart_from_ids():
+    out = encoded([comparison("Yes.", "\x00", 0.73, question="a\x00b?")], [comparison("", "No.", 0.0)])
+    wanted = [["\n\nHuman: a\x00b?\n\nAssistant: Yes.", "\n\nHuman: a\x00b?\n\nAssistant: \x00"]]
+    wanted += [["\n\nHuman: Well?\n\nAssistant: ", "\n\nHuman: Well?\n\nAssistant: No."]]
+    for i in range(2):
+        for side in range(2):
+            row, length = out["tokens"][i, side], out["lengths"][i, side]
+            assert bytes(row[: length - 1].tolist()).decode() == wanted[i][side]
+            assert row[length - 1] == END and not row[length:].any()
+    assert out["tokens"].dtype == out["lengths"].dtype == np.int32 and out["tokens"].shape == (2, 2, 32)
+    np.testing.assert_array_equal(out["p_a"], np.float32([0.73, 0.0]))  # lesson 1: a label keeps its fraction
+    assert out["human"].tolist() == [0, 1]
+
+
+def test_lesson_17_comparisons_too_long_are_counted_whole():
+    drops = records.Drops()
+    out = encoded([comparison("Yes.", "n" * 120, 0.2), comparison("a", "b", 0.9)], [comparison("y" * 200, "No.", 1.0)], drops)
+    assert out["tokens"].shape[:2] == (1, 2) and out["p_a"].tolist() == [np.float32(0.9)]
+    assert drops.counts(3, 1)["dropped"] == {"longer than the context": 2}
+
+
+def total(net, params, tokens_BT, lengths_B):
+    """In the place of the reward model: the sum of a row's ids within its length, small."""
+    inside = jnp.arange(tokens_BT.shape[1])[None] < lengths_B[:, None]
+    return params * jnp.where(inside, tokens_BT, 0).sum(axis=1).astype(jnp.float32)
+
+
+SCALE = np.float32(1e-3)
+
+
+def some(count, seed=0):
+    rng = np.random.default_rng(seed)
+    tokens, lengths = rng.integers(0, 200, (count, 2, 16), np.int32), rng.integers(1, 17, (count, 2), np.int32)
+    p_a, human = rng.uniform(size=count), np.arange(count) % 3 == 0
+    return {"tokens": tokens, "lengths": lengths, "p_a": p_a.astype(np.float32), "human": human.astype(np.float32)}
+
+
+def scores_of(arrays):
+    inside = np.arange(16)[None, None] < arrays["lengths"][:, :, None]
+    return 1e-3 * (arrays["tokens"] * inside).sum(axis=2)
+
+
+def test_lesson_24_the_loss_of_a_padded_batch_is_that_of_its_real_rows(monkeypatch):
+    monkeypatch.setattr(reward, "reward_scores", total)
+    arrays = some(5)
+    margin = scores_of(arrays)[:, 0] - scores_of(arrays)[:, 1]
+    p = arrays["p_a"].astype(np.float64)
+    wanted = np.mean(p * np.log1p(np.exp(-margin)) + (1 - p) * np.log1p(np.exp(margin)))
+    padded = {k: np.concatenate([v, np.full((3, *v.shape[1:]), 7, v.dtype)]) for k, v in arrays.items()}
+    loss_fn = jax.jit(reward.reward_loss(None))
+    loss, metrics = loss_fn(SCALE, padded | {"row_mask": np.float32([1] * 5 + [0] * 3)}, None)
+    assert float(loss) == pytest.approx(wanted, rel=1e-4)
+    assert float(metrics["accuracy"]) == pytest.approx(np.mean((margin > 0) == (p > 0.5)))
+
+
+@pytest.mark.parametrize("batch_size", [2, 4, 16])
+def test_lesson_23_and_24_evaluation_scores_every_row_once_whatever_the_batch(monkeypatch, mesh1, batch_size):
+    monkeypatch.setattr(reward, "reward_scores", total)
+    arrays, held = some(7), np.array([1, 1, 0, 1, 0, 1, 1], bool)
+    out = reward.evaluate(None, SCALE, arrays, held, batch_size, mesh1)
+    scores, human = scores_of(arrays), arrays["human"] > 0
+    assert out["scale"]["mean"] == pytest.approx(scores[~human].mean(), rel=1e-5)
+    assert out["scale"]["std"] == pytest.approx(scores[~human].std(), rel=1e-5)
+    p_model = sigmoid(scores[:, 0] - scores[:, 1])
+    for name, rows in (("ai", held & ~human), ("human", held & human)):
+        assert out[name]["n"] == rows.sum() > 0
+        assert out[name]["accuracy"] == pytest.approx(np.mean((p_model > 0.5)[rows] == (arrays["p_a"] > 0.5)[rows]))
+
+
+# Agreement
+
+
+def test_agreement_by_hand():
+    out = reward.agreement(np.array([0.95, 1.0, 0.62, 0.68, 0.0, 0.04]), np.array([1.0, 0.8, 0.4, 0.5, 0.0, 1.0]))
+    assert out["n"] == 6
+    assert out["accuracy"] == pytest.approx(3 / 5)  # right, right, wrong, not counted, right, wrong
+    assert [(b["n"], b["p_model"], b["p_label"]) for b in out["calibration"]] == [
+        (2, pytest.approx(0.02), pytest.approx(0.5)),
+        (2, pytest.approx(0.65), pytest.approx(0.45)),
+        (2, pytest.approx(0.975), pytest.approx(0.9)),  # 1.0 lies in the last bin
+    ]
+    assert out["calibration_error"] == pytest.approx((0.48 + 0.2 + 0.075) / 3)
+
+
+def test_lesson_20_a_calibrated_judge_has_no_calibration_error():
+    rng = np.random.default_rng(0)
+    p = rng.uniform(size=20_000)
+    drawn = (rng.uniform(size=len(p)) < p).astype(float)
+    assert reward.agreement(p, drawn)["calibration_error"] < 0.02
+    assert reward.agreement(p, p)["calibration_error"] == pytest.approx(0, abs=1e-12)
+    overconfident = sigmoid(3 * np.log(p / (1 - p)))
+    assert reward.agreement(overconfident, drawn)["calibration_error"] > 0.08
+    assert reward.agreement(1 - p, p)["accuracy"] == 0
+
+
+def test_agreement_with_nothing_to_compare():
+    nothing = {"n": 0, "accuracy": 0.0, "calibration_error": 0.0, "calibration": []}
+    assert reward.agreement(np.array([]), np.array([])) == nothing
+    undecided = reward.agreement(np.array([0.9, 0.1]), np.array([0.5, 0.5]))
+    assert undecided["accuracy"] == 0.0 and undecided["calibration_error"] == pytest.approx(0.4)
