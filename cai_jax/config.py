@@ -213,18 +213,9 @@ CHOICES = {
     "ppo.value_network": ("separate", "shared"),
     "evaluate.oracle": ("miniworld",),
 }
-AT_LEAST_ONE = (
-    "epochs",
-    "rows",
-    "length",
-    "batch_size",
-    "microbatches",
-    "minibatches",
-    "max_tokens",
-    "checkpoint_every",
-    "steps",
-)
+AT_LEAST_ONE = ("epochs", "rows", "length", "batch_size", "microbatches", "minibatches", "max_tokens", "checkpoint_every")
 AT_LEAST_ONE += ("score_batch", "principles", "kl_horizon", "num_layers", "num_heads", "num_kv_heads", "width", "mlp_width")
+AT_LEAST_ONE += ("steps",)
 SHARES = ("helpful_share", "heldout_share", "top_p", "discount", "gae_lambda")
 ABOVE_ZERO = ("top_p", "clip_norm", "kl_target")
 NOT_NEGATIVE = ("rounds", "temperature", "temperature_end", "learning_rate", "kl_coef", "clip", "beta", "iterations", "limit")
@@ -271,12 +262,8 @@ def resolve(config) -> Config:
         part = getattr(cfg, name)
         rows = part.rows if name == "sft" else part.batch_size
         _require(rows % part.microbatches == 0, f"{name}.microbatches", part.microbatches, f"a divisor of the batch, {rows}")
-    _require(
-        cfg.ppo.batch_size % cfg.ppo.minibatches == 0,
-        "ppo.minibatches",
-        cfg.ppo.minibatches,
-        f"a divisor of {cfg.ppo.batch_size}",
-    )
+    rows, parts = cfg.ppo.batch_size, cfg.ppo.minibatches
+    _require(rows % parts == 0, "ppo.minibatches", parts, f"a divisor of the batch, {rows}")
     clamp = cfg.preferences.clamp
     good = len(clamp) == 2 and all(isinstance(x, int | float) for x in clamp) and 0 <= clamp[0] < clamp[1] <= 1
     _require(good, "preferences.clamp", clamp, "two bounds with 0 <= low < high <= 1")

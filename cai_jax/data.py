@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cai_jax import records
+from cai_jax import prompts, records
 from cai_jax.prompts import ASSISTANT, USER
 from cai_jax.workdir import InputError
 
@@ -51,7 +51,8 @@ def load_prompts(path: str, limit: int, flag: str) -> list[dict]:
 
 
 def load_comparisons(path: str, limit: int, flag: str) -> list[dict]:
-    """Comparison records {"id", "messages", "response_a", "response_b", "p_a"}; p_a in [0, 1] is P(a is better)."""
+    """Comparison records {"id", "messages", "response_a", "response_b", "p_a"}; p_a in [0, 1] is P(a is better); "source" is
+    "human" unless the file says otherwise."""
     items = _load(path, limit, ("response_a", "response_b", "p_a"), flag)
     for item in items:
         for name in ("response_a", "response_b"):
@@ -59,7 +60,7 @@ def load_comparisons(path: str, limit: int, flag: str) -> list[dict]:
                 raise InputError(f"{path}: record {item['id']!r}: {name} is a {type(item[name]).__name__}, wanted text")
         if not isinstance(item["p_a"], int | float) or not 0 <= item["p_a"] <= 1:
             raise InputError(f"{path}: record {item['id']!r}: p_a={item['p_a']!r}, wanted a number from 0 to 1")
-    return items
+    return [{"source": "human"} | item for item in items]
 
 
 def pad_rows(rows: list[list[int]], length: int | None = None, count: int | None = None):
@@ -70,6 +71,29 @@ def pad_rows(rows: list[list[int]], length: int | None = None, count: int | None
     for i, row in enumerate(rows):
         tokens[i, : len(row)], lengths[i] = row, len(row)
     return tokens, lengths
+
+
+def encode_comparisons(tok, templates, pairs: list[dict], max_length: int, drops: records.Drops) -> dict[str, np.ndarray]:
+    """Comparison records as arrays: tokens [N, 2, T] of prompt + response + EOS for a and b, lengths [N, 2], starts [N] (index
+    of the first response token), p_a [N], human [N] (1.0: by a human). Raises InputError when none fits the context."""
+    rows, starts, kept = [], [], []
+    for record in pairs:
+        prompt = tok.encode(prompts.dialogue(record["messages"], templates))
+        two = [prompt + tok.encode(prompts.completion(record[k])) + [tok.eos_id] for k in ("response_a", "response_b")]
+        if drops.keep(max(map(len, two)) <= max_length, "longer than the context"):
+            rows += two
+            starts.append(len(prompt))
+            kept.append(record)
+    if not rows:
+        raise InputError(f"no comparison is left of {len(pairs)}: {dict(drops.reasons)}; the context is {max_length} tokens")
+    tokens, lengths = pad_rows(rows)
+    return {
+        "tokens": tokens.reshape(-1, 2, tokens.shape[1]),
+        "lengths": lengths.reshape(-1, 2),
+        "starts": np.array(starts, np.int32),
+        "p_a": np.array([r["p_a"] for r in kept], np.float32),
+        "human": np.array([r["source"] == "human" for r in kept], np.float32),
+    }
 
 
 def pack(examples: list[tuple[list[int], int]], length: int, drops: records.Drops) -> dict[str, np.ndarray]:

@@ -98,8 +98,8 @@ def sample_texts(
     for ids, r in todo:
         if len(ids) + sampling.max_tokens > lm.cfg.max_length:
             raise InputError(
-                f"record {r.key!r}: its prompt of {len(ids)} tokens and {sampling.max_tokens} new ones pass the model's context "
-                f"of {lm.cfg.max_length}; shorten the prompt or --config.{stage}.sampling.max_tokens"
+                f"record {r.key!r}: its prompt of {len(ids)} tokens and {sampling.max_tokens} new ones pass the model's "
+                f"context of {lm.cfg.max_length}; shorten the prompt or --config.{stage}.sampling.max_tokens"
             )
     todo.sort(key=lambda x: (bucket(len(x[0])), len(x[0]), x[1].key))
     done = len(requests) - len(todo)

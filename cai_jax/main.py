@@ -73,7 +73,7 @@ def parse(argv: list[str]) -> list[str]:
     """Flags of the command line; an unknown config key ends with its name and a suggestion."""
     try:
         return app.parse_flags_with_usage(argv)
-    except AttributeError as e:  # what a locked ConfigDict raises on a key it does not have
+    except (AttributeError, KeyError) as e:  # what a locked ConfigDict raises on a key or a section it does not have
         say(f"error: unknown configuration key in {[a for a in argv if a.startswith('--config.')]}: {e}")
         sys.exit(2)
 

@@ -13,6 +13,7 @@ import pytest
 from cai_jax import constitution as constitutions
 from cai_jax import prompts, records
 from cai_jax.config import Config, Data, Model, Preferences
+from cai_jax.data import encode_comparisons
 from cai_jax.stages import preferences, reward
 from cai_jax.workdir import read_json
 
@@ -213,7 +214,6 @@ def test_lesson_17_pairs_without_two_different_responses_are_counted(monkeypatch
 
 END = 0  # of a tokenizer of bytes, where pad and end are one id that texts hold as well
 BYTES = SimpleNamespace(encode=lambda text: list(text.encode()), eos_id=END, pad_id=END)
-LM = SimpleNamespace(cfg=SimpleNamespace(max_length=128), tok=BYTES)
 
 
 def comparison(a, b, p_a, question="Well?"):
@@ -221,7 +221,8 @@ def comparison(a, b, p_a, question="Well?"):
 
 
 def encoded(ai, human=(), drops=None):
-    return reward.encode(LM, prompts.TEMPLATES, list(ai), list(human), drops or records.Drops())
+    pairs = [r | {"source": "ai"} for r in ai] + [r | {"source": "human"} for r in human]
+    return encode_comparisons(BYTES, prompts.TEMPLATES, pairs, 128, drops or records.Drops())
 
 
 def test_lessons_04_and_05_rows_are_prompt_response_and_end_with_lengths_apart_from_ids():

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,6 +106,58 @@ def test_lesson_11_killed_at_random_moments_ends_with_the_same_files(finished, t
     killed = tmp_path / "small"
     assert kills.run(killed, kills.SMALL, 3, random.Random(5), 45.0) >= 2
     assert kills.differences(workdir, killed) == []
+
+
+def test_every_option_runs_and_upstream_stages_are_taken_over(finished, tmp_path):
+    """DPO beside PPO, chain of thought, several principles, hard labels, a shared trunk, adaptive KL, an early stop."""
+    workdir = tmp_path / "options"
+    for stage in ("critique", "sft"):
+        shutil.copytree(finished[0] / stage, workdir / stage)
+    options = (
+        "--config.stages=('critique','sft','preferences','reward','dpo','ppo','evaluate','report')",
+        "--config.preferences.chain_of_thought=True",
+        "--config.preferences.principles=2",
+        "--config.preferences.thought.batch_size=16",
+        "--config.dpo.batch_size=8",
+        "--config.ppo.value_network=shared",
+        "--config.ppo.kl_adaptive=True",
+        "--config.ppo.target_kl=1e-9",
+        "--config.reward.microbatches=2",
+    )
+    done = cai("--config=configs/miniworld.py", f"--workdir={workdir}", *kills.SMALL, *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("done before") == 2
+    judged = [json.loads(line) for line in (workdir / "preferences" / "comparisons.jsonl").read_text().splitlines()]
+    for record in judged:
+        assert len({j["principle"] for j in record["judgements"]}) == 2
+        for j in record["judgements"]:
+            assert 0.4 <= j["p_a"] <= 0.6 and len(j["thoughts"]) == 2 and all(j["thoughts"])  # lesson 21
+    assert any(not 0.4 <= j["p_unclamped"] <= 0.6 for r in judged for j in r["judgements"])
+    rows = [json.loads(line) for line in (workdir / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    assert {r["updates"] for r in rows} == {4.0}  # one epoch of four minibatches, then the KL stopped it
+    assert rows[1]["kl_coef"] != rows[0]["kl_coef"]  # lesson 22
+    assert set(read(workdir / "evaluate" / "results.json")["models"]) == {"base", "sl_cai", "dpo_cai", "rl_cai"}
+
+
+def test_eight_devices_write_the_greedy_records_of_one(tmp_path):
+    greedy = (
+        "--config.stages=('critique',)",
+        "--config.critique.sampling.temperature=0",
+        "--config.critique.temperature_end=0",
+    )
+    small = ("--config.data.max_redteam=16", "--config.data.max_helpful=8", "--config.critique.sampling.batch_size=16")
+    for name, mesh, devices in (("one", "(1,1,1)", 1), ("eight", "(2,2,2)", 8)):
+        done = cai(
+            "--config=configs/miniworld.py",
+            f"--workdir={tmp_path / name}",
+            f"--config.mesh={mesh}",
+            *greedy,
+            *small,
+            devices=devices,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    for file in ("revisions.jsonl", "helpful.jsonl"):
+        assert (tmp_path / "one" / "critique" / file).read_bytes() == (tmp_path / "eight" / "critique" / file).read_bytes()
 
 
 def test_sigterm_saves_and_exits_with_the_code_launchers_restart_on(tmp_path):

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cai_jax import checkpoints, optim, prompts, records
+from cai_jax import checkpoints, optim, records
 from cai_jax.config import Config
-from cai_jax.data import bucket, epochs, load_comparisons, pad_rows
+from cai_jax.data import encode_comparisons, epochs, load_comparisons
 from cai_jax.losses import dpo_loss, masked_mean
 from cai_jax.score import hidden_states, row_batch, target_logprobs
 from cai_jax.sharding import put_batch
@@ -36,7 +36,7 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     )
     pairs = records.read(workdir / "preferences" / "comparisons.jsonl", ("messages", "response_a", "response_b", "p_a"))
     pairs += load_comparisons(cfg.data.comparisons, cfg.data.max_comparisons, "data.comparisons")
-    arrays = encode(lm, templates, pairs, drops)
+    arrays = encode_comparisons(lm.tok, templates, pairs, lm.cfg.max_length, drops)
     net = lm.net(remat=cfg.model.remat)
     arrays["reference"] = reference_logprobs(net, lm.params, arrays, c.batch_size, mesh)
     batch_at, steps = epochs(arrays, c.batch_size, c.epochs, cfg.seed, STAGE)
@@ -49,21 +49,6 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     counts = drops.counts(len(pairs), len(arrays["p_a"])) | {"steps": steps}
     finish(STAGE, workdir, {"model": checkpoints.fingerprint(state.params)}, counts)
     return True
-
-
-def encode(lm, templates, pairs: list[dict], drops: records.Drops) -> dict[str, np.ndarray]:
-    """tokens [N, 2, T], lengths [N, 2], starts [N] (index of the first response token), p_a [N]."""
-    rows, starts, p_a = [], [], []
-    for record in pairs:
-        prompt = lm.tok.encode(prompts.dialogue(record["messages"], templates))
-        two = [prompt + lm.tok.encode(prompts.completion(record[k])) + [lm.tok.eos_id] for k in ("response_a", "response_b")]
-        if drops.keep(max(map(len, two)) <= lm.cfg.max_length, "longer than the context"):
-            rows += two
-            starts.append(len(prompt))
-            p_a.append(record["p_a"])
-    tokens, lengths = pad_rows(rows, bucket(max(map(len, rows))))
-    shape = {"tokens": tokens.reshape(-1, 2, tokens.shape[1]), "lengths": lengths.reshape(-1, 2)}
-    return shape | {"starts": np.array(starts, np.int32), "p_a": np.array(p_a, np.float32)}
 
 
 def response_logprobs(net, params, batch):

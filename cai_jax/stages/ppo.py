@@ -117,8 +117,8 @@ def iteration(cfg: Config, mesh, state: PPOState, step, models, pool, key, t: in
     metrics = {k: float(v) for k, v in metrics.items()}
     if not metrics["drift"] <= c.max_drift:
         raise InputError(
-            f"ppo iteration {t}: sampler and scorer disagree by {metrics['drift']:.4g} nats per token on the same tokens, wanted "
-            f"at most {c.max_drift} (--config.ppo.max_drift); with bfloat16 a few thousandths are usual, more means that two "
+            f"ppo iteration {t}: sampler and scorer disagree by {metrics['drift']:.4g} nats per token on the same tokens, "
+            f"wanted at most {c.max_drift} (--config.ppo.max_drift); with bfloat16 a few thousandths are usual, more means that two "
             "forwards differ"
         )
     clock.append(time.monotonic())
@@ -192,14 +192,13 @@ def experience(net, c, params, reference, reward, scale, kl_coef, batch, out):
         "response_lengths": out.lengths_B,
         "mask": mask,
     }
-    logp, _, values = policy_and_value(net, params, rollout, c.sampling.temperature)
-    ref_logp, _, _ = policy_and_value(
-        net, {"policy": reference, "value": {"head": reward["head"]}}, rollout, c.sampling.temperature
-    )
+    logp, _, values = (x * mask for x in policy_and_value(net, params, rollout, c.sampling.temperature))
+    frozen_pair = {"policy": reference, "value": {"head": reward["head"]}}
+    ref_logp = mask * policy_and_value(net, frozen_pair, rollout, c.sampling.temperature)[0]
     raw = reward_scores(net, reward, rollout["joined"], batch["lengths"] + out.lengths_B)
     score = (raw - scale["mean"]) / scale["std"] - c.missing_eos_penalty * (~out.finished_B).astype(jnp.float32)
     rewards = losses.token_rewards(score, logp, ref_logp, out.lengths_B, kl_coef)
-    advantages, returns = losses.gae(rewards, values * mask, mask, c.discount, c.gae_lambda)
+    advantages, returns = losses.gae(rewards, values, mask, c.discount, c.gae_lambda)
     helpful = batch["helpful"]
     metrics = {
         "reward": jnp.mean(jnp.sum(rewards, axis=1)),
@@ -256,8 +255,8 @@ class PromptPool:
         longest = max(len(r) for rows in self.rows.values() for r in rows)
         if longest + c.sampling.max_tokens > lm.cfg.max_length:
             raise InputError(
-                f"ppo: the longest prompt has {longest} tokens; with --config.ppo.sampling.max_tokens={c.sampling.max_tokens} it "
-                f"passes the model's context of {lm.cfg.max_length}"
+                f"ppo: the longest prompt has {longest} tokens; with --config.ppo.sampling.max_tokens={c.sampling.max_tokens} "
+                f"it passes the model's context of {lm.cfg.max_length}"
             )
         self.length = bucket(longest)
         helpful = round(c.batch_size * c.helpful_share)

@@ -16,7 +16,7 @@ from cai_jax.generate import Request, sample_texts
 from cai_jax.losses import preference_from_logprobs
 from cai_jax.score import averaged_preference, option_logprobs
 from cai_jax.stages import OF_INIT, inputs_of, load_constitution, load_lm
-from cai_jax.workdir import begin, digest, finish
+from cai_jax.workdir import InputError, begin, digest, finish
 
 STAGE = "preferences"
 
@@ -42,6 +42,8 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
             a["text"] != b["text"], "identical responses"
         ):
             pairs.append(p | {"response_a": a["text"], "response_b": b["text"]})
+    if not pairs:
+        raise InputError(f"preferences: of {len(todo)} prompts none gave two different responses: {dict(drops.reasons)}")
     judged = judge(cfg, load_lm(cfg, workdir, mesh), constitution, pairs, journal, mesh)
     records.write(folder / "comparisons.jsonl", judged)
     journal.remove()

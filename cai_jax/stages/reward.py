@@ -10,9 +10,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cai_jax import checkpoints, optim, prompts, records
+from cai_jax import checkpoints, optim, records
 from cai_jax.config import Config
-from cai_jax.data import bucket, epochs, load_comparisons, pad_rows
+from cai_jax.data import encode_comparisons, epochs, load_comparisons
 from cai_jax.losses import masked_mean, soft_preference_loss
 from cai_jax.models.heads import init_head
 from cai_jax.score import reward_scores
@@ -36,7 +36,7 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     ai = records.read(workdir / "preferences" / "comparisons.jsonl", ("messages", "response_a", "response_b", "p_a"))
     human = load_comparisons(cfg.data.comparisons, cfg.data.max_comparisons, "data.comparisons")
     drops = records.Drops()
-    arrays = encode(lm, load_constitution(cfg).templates, ai, human, drops)
+    arrays = encode_comparisons(lm.tok, load_constitution(cfg).templates, ai + human, lm.cfg.max_length, drops)
     held = np.random.default_rng([cfg.seed, 7]).random(len(arrays["p_a"])) < c.heldout_share
     train = {k: v[~held] for k, v in arrays.items()}
     batch_at, steps = epochs(train, c.batch_size, c.epochs, cfg.seed, STAGE)
@@ -52,25 +52,6 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     counts |= {"human_share": len(human) / (len(ai) + len(human)), "heldout": int(held.sum()), "steps": steps}
     finish(STAGE, workdir, {"model": checkpoints.fingerprint(state.params), "scale": report["scale"]}, counts)
     return True
-
-
-def encode(lm, templates, ai: list[dict], human: list[dict], drops: records.Drops) -> dict[str, np.ndarray]:
-    """Comparisons as arrays: tokens [N, 2, T] of prompt + response + EOS, lengths [N, 2], p_a [N], human [N]."""
-    rows, p_a, is_human = [], [], []
-    for record, source in [(r, 0.0) for r in ai] + [(r, 1.0) for r in human]:
-        prompt = lm.tok.encode(prompts.dialogue(record["messages"], templates))
-        pair = [prompt + lm.tok.encode(prompts.completion(record[k])) + [lm.tok.eos_id] for k in ("response_a", "response_b")]
-        if drops.keep(max(map(len, pair)) <= lm.cfg.max_length, "longer than the context"):
-            rows += pair
-            p_a.append(record["p_a"])
-            is_human.append(source)
-    tokens, lengths = pad_rows(rows, bucket(max(map(len, rows))))
-    return {
-        "tokens": tokens.reshape(-1, 2, tokens.shape[1]),
-        "lengths": lengths.reshape(-1, 2),
-        "p_a": np.array(p_a, np.float32),
-        "human": np.array(is_human, np.float32),
-    }
 
 
 def pair_scores(net, params, tokens_B2T, lengths_B2):

@@ -14,11 +14,13 @@ from cai_jax.workdir import begin, finish
 STAGE = "sft"
 
 
-def targets(cfg: Config, workdir: Path, drops: records.Drops) -> list[tuple[list[dict], str]]:
-    """(messages, completion) pairs. Texts that were cut off or are empty teach nothing good and are counted out."""
-    out = []
+def targets(cfg: Config, workdir: Path, drops: records.Drops) -> tuple[int, list[tuple[list[dict], str]]]:
+    """How many texts there were, and (messages, completion) pairs of the good ones. Texts that were cut off or are empty teach nothing good and are counted out."""
+    given, out = 0, []
 
     def add(messages, text: str, finished: bool, what: str) -> None:
+        nonlocal given
+        given += 1
         if drops.keep(finished, f"{what} cut off") and drops.keep(bool(text), f"{what} empty"):
             out.append((messages, text))
 
@@ -30,7 +32,7 @@ def targets(cfg: Config, workdir: Path, drops: records.Drops) -> list[tuple[list
             add(r["messages"], r["response"], r["finished"], "response")
     for r in records.read(workdir / "critique" / "helpful.jsonl", ("messages", "response")):
         add(r["messages"], r["response"], r["finished"], "helpful response")
-    return out
+    return given, out
 
 
 def run(cfg: Config, workdir: Path, mesh) -> bool:
@@ -39,7 +41,7 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     if not begin(STAGE, workdir, inputs_of(cfg, workdir, STAGE, after=("critique",))):
         return False
     lm, templates, drops = load_lm(cfg, workdir, mesh, trained=True), load_constitution(cfg).templates, records.Drops()
-    pairs = targets(cfg, workdir, drops)
+    given, pairs = targets(cfg, workdir, drops)
     examples = []
     for messages, text in pairs:
         prompt = lm.tok.encode(prompts.dialogue(messages, templates))
@@ -52,7 +54,7 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     state = init_state(lm.params, tx, mesh)
     state = fit(STAGE, folder, state, step, batch_at, steps, stream(cfg, STAGE), c.checkpoint_every, mesh)
     checkpoints.save_model(folder, state.params)
-    counts = drops.counts(kept + drops.reasons.total(), kept)
+    counts = drops.counts(given, kept)
     counts |= {"rows": len(rows["tokens"]), "steps": steps, "target_tokens": int(rows["weights"].sum())}
     finish(STAGE, workdir, {"model": checkpoints.fingerprint(state.params)}, counts | {"devices": jax.device_count()})
     return True
