@@ -28,7 +28,7 @@ class Saver:
         self.folder = folder.resolve()
         self.pending = None
         for leftover in self.folder.glob("*") if self.folder.is_dir() else ():
-            if not leftover.name.isdigit():  # a write that a kill cut short
+            if leftover.is_dir() and not leftover.name.isdigit():  # a write that a kill cut short
                 shutil.rmtree(leftover)
 
     def save(self, step: int, state) -> None:

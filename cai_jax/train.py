@@ -29,7 +29,7 @@ def language_model_loss(net):
     def loss_fn(params, batch, key):
         logp, entropy = target_logprobs(net, params, hidden_states(net, params, batch), batch["targets"])
         loss = cross_entropy(logp, batch["weights"])
-        return loss, {"entropy": masked_mean(entropy, batch["weights"]), "target_tokens": jnp.sum(batch["weights"] > 0)}
+        return loss, {"entropy": masked_mean(entropy, batch["weights"]), "weight": jnp.sum(batch["weights"])}
 
     return loss_fn
 
@@ -48,8 +48,8 @@ def abstract(tree, mesh):
 def make_train_step(loss_fn: Callable, tx: optax.GradientTransformation, mesh, microbatches: int = 1):
     """-> jitted (state, batch, key) -> (state, metrics). The state is donated.
 
-    loss_fn(params, batch, key) -> (loss, metrics). `microbatches`: the batch is split that many ways along B and gradients
-    are averaged, so losses that are means over the batch keep their scale when the parts weigh the same.
+    loss_fn(params, batch, key) -> (loss, metrics), means over metrics["weight"] tokens or rows. `microbatches`: the batch is
+    split that many ways along B and the parts count by their weights, so the mean is that of the whole batch.
     """
 
     def gradient(params, batch, key):
@@ -62,13 +62,16 @@ def make_train_step(loss_fn: Callable, tx: optax.GradientTransformation, mesh, m
         def one(total, part):
             i, rows = part
             rows = jax.lax.with_sharding_constraint(rows, P(BATCH))
-            out = gradient(params, rows, jax.random.fold_in(key, i))
-            return jax.tree.map(jnp.add, total, out), None
+            grads, metrics = gradient(params, rows, jax.random.fold_in(key, i))
+            weight = metrics.pop("weight")
+            weighted = jax.tree.map(lambda x: x * weight, (grads, metrics))
+            return jax.tree.map(jnp.add, total, (*weighted, weight)), None
 
-        first = jax.tree.map(lambda x: x[0], parts)
-        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, params, first, key))
-        total, _ = jax.lax.scan(one, zero, (jnp.arange(microbatches), parts))
-        return jax.tree.map(lambda x: x / microbatches, total)
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts), key))
+        start = (zeros[0], {k: v for k, v in zeros[1].items() if k != "weight"}, zeros[1]["weight"])
+        (grads, metrics, weight), _ = jax.lax.scan(one, start, (jnp.arange(microbatches), parts))
+        grads, metrics = jax.tree.map(lambda x: x / jnp.maximum(weight, 1.0), (grads, metrics))
+        return grads, metrics | {"weight": weight}
 
     def step(state: TrainState, batch, key):
         key = jax.random.fold_in(key, state.step)

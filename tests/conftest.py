@@ -1,9 +1,10 @@
-"""Eight simulated CPU devices for every test, strict promotion, and where samples of public data may lie."""
+"""Eight simulated CPU devices for every test, strict promotion, one mesh of one device and one of all."""
 
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Unoptimised code compiles twice as fast and tests are mostly compiling; the runs of test_run.py are optimised as usual.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 
 import jax
 import pytest

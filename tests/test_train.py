@@ -103,7 +103,7 @@ def test_losses_and_gradients_on_eight_devices_are_the_plain_ones_on_one(mesh8):
     grads, values = sgd_update(mesh8, first_batch())
     (loss, entropy), wanted = plain(tiny.params(), first_batch(), noise_of(0))
     tiny.assert_close(grads, wanted, rtol=2e-5)
-    assert values.pop("target_tokens") == first_batch()["weights"].sum() == 80
+    assert values.pop("weight") == first_batch()["weights"].sum() == 80
     norm = np.sqrt(sum((np.asarray(g, np.float64) ** 2).sum() for g in jax.tree.leaves(wanted)))
     tiny.assert_close(values, {"loss": loss, "entropy": entropy, "noise": noise_of(0), "gradient_norm": norm})
 
@@ -213,8 +213,8 @@ def test_a_run_logs_every_step_and_keeps_the_last_checkpoint(whole, mesh1):
     state, log, folder = whole
     lines = [json.loads(line) for line in log.decode().splitlines()]
     assert [line["step"] for line in lines] == list(range(STEPS))
-    assert set(lines[0]) == {"step", "loss", "entropy", "target_tokens", "noise", "gradient_norm"}
-    assert [line["target_tokens"] for line in lines] == [80, 80, 40] * 2
+    assert set(lines[0]) == {"step", "loss", "entropy", "weight", "noise", "gradient_norm"}
+    assert [line["weight"] for line in lines] == [80, 80, 40] * 2
     assert lines[-1]["loss"] / (1 + lines[-1]["noise"]) < lines[0]["loss"] / (1 + lines[0]["noise"]) - 0.1
     assert len((folder / "timing.jsonl").read_text().splitlines()) == STEPS
     assert checkpoints.steps(folder / "checkpoints") == [STEPS]

@@ -4,7 +4,6 @@ Every tensor of the file is accounted for and every field of config.json that wo
 implemented or refused by name.
 """
 
-import json
 from pathlib import Path
 
 import jax
@@ -15,7 +14,7 @@ from safetensors.numpy import save_file
 
 from cai_jax.models.transformer import Transformer, TransformerConfig, init_params
 from cai_jax.sharding import path_name, shardings
-from cai_jax.workdir import InputError, write_json
+from cai_jax.workdir import InputError, read_json, write_json
 
 # Our path -> (their name, axes of their array regrouped as ours). Kernels are stored [out, in] there, [in, out] here; heads
 # are split off the out axis. "{i}" is the layer.
@@ -58,6 +57,15 @@ IMPLEMENTED = {
     "pretraining_tp": (1, None),
     "attention_dropout": (0, 0.0, None),
 }
+REQUIRED = (
+    "vocab_size",
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
 
 
 def read_config(path: str) -> TransformerConfig:
@@ -65,13 +73,15 @@ def read_config(path: str) -> TransformerConfig:
     file = Path(path) / "config.json"
     if not file.is_file():
         raise InputError(f"no model at {path}: wanted a folder with config.json and model.safetensors (--config.model.path)")
-    c = json.loads(file.read_text())
+    c = read_json(file)
     for name, allowed in IMPLEMENTED.items():
         if c.get(name) not in allowed and name in c:
             raise InputError(f"{file}: {name}={c[name]!r} is not implemented; implemented: {allowed}")
     rope = c.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default":
         raise InputError(f"{file}: rope_type={rope['rope_type']!r} is not implemented; implemented: 'default'")
+    if missing := [name for name in REQUIRED if name not in c]:
+        raise InputError(f"{file}: the field {missing[0]} is missing")
     heads = c["num_attention_heads"]
     return TransformerConfig(
         vocab_size=c["vocab_size"],

@@ -118,8 +118,8 @@ def iteration(cfg: Config, mesh, state: PPOState, step, models, pool, key, t: in
     if not metrics["drift"] <= c.max_drift:
         raise InputError(
             f"ppo iteration {t}: sampler and scorer disagree by {metrics['drift']:.4g} nats per token on the same tokens, "
-            f"wanted at most {c.max_drift} (--config.ppo.max_drift); with bfloat16 a few thousandths are usual, more means that two "
-            "forwards differ"
+            f"wanted at most {c.max_drift} (--config.ppo.max_drift); with bfloat16 a few thousandths are usual, more means "
+            "that two forwards differ"
         )
     clock.append(time.monotonic())
     train, updates = state.train, []
@@ -134,7 +134,7 @@ def iteration(cfg: Config, mesh, state: PPOState, step, models, pool, key, t: in
     updates = jax.device_get(updates)
     metrics |= {name: float(np.mean([u[name] for u in updates])) for name in updates[0]}
     metrics |= {"first_ratio_error": float(updates[0]["ratio_error"]), "updates": len(updates), "kl_coef": float(state.kl_coef)}
-    metrics.pop("ratio_error")
+    metrics = {k: v for k, v in metrics.items() if k not in ("ratio_error", "weight")}
     coef = state.kl_coef
     if c.kl_adaptive:
         coef = losses.adapt_kl_coef(coef, jnp.float32(metrics["kl"]), c.kl_target, c.kl_horizon, c.batch_size).astype(
@@ -234,6 +234,7 @@ def ppo_loss(net, c):
             "entropy": entropy,
             "clip_fraction": clipped,
             "approx_kl": losses.masked_mean(jnp.expm1(log_ratio) - log_ratio, mask),
+            "weight": jnp.sum(mask),
             "ratio_error": jnp.max(jnp.abs(jnp.expm1(log_ratio))),
         }
         return policy + c.value_coef * value - c.entropy_coef * entropy, metrics

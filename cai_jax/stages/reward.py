@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cai_jax import checkpoints, optim, records
@@ -65,7 +66,7 @@ def reward_loss(net):
         scores_B2 = pair_scores(net, params, batch["tokens"], batch["lengths"])
         a, b, mask = scores_B2[:, 0], scores_B2[:, 1], batch["row_mask"]
         right = ((a > b) == (batch["p_a"] > 0.5)).astype(a.dtype)
-        return soft_preference_loss(a, b, batch["p_a"], mask), {"accuracy": masked_mean(right, mask)}
+        return soft_preference_loss(a, b, batch["p_a"], mask), {"accuracy": masked_mean(right, mask), "weight": jnp.sum(mask)}
 
     return loss_fn
 

@@ -15,7 +15,8 @@ STAGE = "sft"
 
 
 def targets(cfg: Config, workdir: Path, drops: records.Drops) -> tuple[int, list[tuple[list[dict], str]]]:
-    """How many texts there were, and (messages, completion) pairs of the good ones. Texts that were cut off or are empty teach nothing good and are counted out."""
+    """How many texts there were, and (messages, completion) pairs of those that are whole: a text that was cut off or is empty
+    teaches nothing good and is counted out."""
     given, out = 0, []
 
     def add(messages, text: str, finished: bool, what: str) -> None:
