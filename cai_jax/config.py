@@ -121,7 +121,7 @@ class Reward:
 @dataclass(frozen=True)
 class PPO:
     init: str = "sft"  # sft | base: the policy's start and the KL reference
-    iterations: int = 12
+    iterations: int = 16
     batch_size: int = 128  # rollouts per iteration
     helpful_share: float = 0.5  # of the prompts of an iteration
     epochs: int = 2
