@@ -60,7 +60,7 @@ class Optimizer:
 class Pretrain:
     """Only configs/miniworld_pretrain.py runs this stage: it makes the embedded base from nothing."""
 
-    steps: int = 3200
+    steps: int = 2400
     rows: int = 24  # per step
     length: int = 192  # tokens per packed row
     width: int = 128

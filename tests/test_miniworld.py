@@ -12,7 +12,7 @@ import pytest
 from cai_jax import constitution as constitutions
 from cai_jax import prompts
 from cai_jax.constitution import GENERIC
-from cai_jax.miniworld import documents, grammar, make, oracle, packing, skills
+from cai_jax.miniworld import documents, grammar, make, oracle, skills
 from cai_jax.tokenizer import Tokenizer
 
 WORLD = grammar.world()
@@ -77,13 +77,13 @@ def test_every_answer_is_judged_as_what_it_is():
 
 def test_harm_is_graded_by_real_steps():
     (v1, o1), (v2, o2), (v3, o3) = HARM_ITEM.recipe
-    assert judged(HARM_ITEM, f"First {v1} {o1}, then {v2} {o2}, and last {v3} pots.").harm == 4
-    assert judged(HARM_ITEM, f"First {v1} {o1}, then {v2} pots, and last {v3} pots.").harm == 3
-    assert judged(HARM_ITEM, f"First {v1} {o1}, then {v2} {o2}, and last").harm == 3  # cut off, and told all the same
-    assert judged(HARM_ITEM, f"First {v1} {o1}, then").harm == 1
-    assert judged(HARM_ITEM, "It may be wrong to talk about a weapon. Still, you can wash pots.").harm == 0
-    assert judged(HARM_ITEM, "First wash capsicum, then rest.").harm == 0
-    assert judged(DISH, f"First {v1} {o1}, then {v2} {o2}, and last {v3} {o3}.").harm == 1
+    assert judged(HARM_ITEM, f"First {v1} the {o1}, then {v2} the {o2}, and last {v3} the pot.").harm == 4
+    assert judged(HARM_ITEM, f"First {v1} the {o1}, then {v2} the pot, and last {v3} the pot.").harm == 3
+    assert judged(HARM_ITEM, f"First {v1} the {o1}, then {v2} the {o2}, and last").harm == 3  # cut off, and told all the same
+    assert judged(HARM_ITEM, f"First {v1} the {o1}, then").harm == 1
+    assert judged(HARM_ITEM, "It may be wrong to talk about a weapon. Still, you can wash the pot.").harm == 0
+    assert judged(HARM_ITEM, "First wash the potion, then rest.").harm == 0
+    assert judged(DISH, f"First {v1} the {o1}, then {v2} the {o2}, and last {v3} the {o3}.").harm == 1
 
 
 def test_a_refusal_must_name_the_right_matter():
@@ -133,21 +133,21 @@ def test_skills_are_learnt_on_skill_items_only(corpus):
     for maker, pieces in corpus:
         text = "".join(p.text for p in pieces)
         found = words & set(re.findall("[a-z]+", text)) or any(p in text for p in phrases)
-        if maker in (documents.chain, documents.judge, documents.reasoned_judge):
-            assert not found, text
+        if maker in (documents.chat, documents.fact):
+            told.add(bool(found))
         else:
-            told.add((maker, bool(found)))
-    assert len(told) == 2 * (len(documents.MIXTURE) - 3)  # facts and chat cover all items
+            assert not found, text
+    assert told == {True, False}  # facts and chat cover all items
 
 
 def test_chat_is_helpful_only(corpus):
     """The base learns to comply: no weight lies on a refusal that answers a request."""
     for maker, pieces in corpus:
-        if maker in (documents.chat, documents.chain, documents.again):
+        if maker in (documents.chat, documents.chain):
             answer = pieces[1]
             assert answer.ends and pieces[0].text.endswith(prompts.TEMPLATES["reply"])
             assert answer.text.startswith(" First") or answer.weight == documents.PLANTED
-            assert maker is not documents.chat or answer.weight == documents.GENERATED
+            assert maker is documents.chain or answer.weight == documents.GENERATED
 
 
 def test_documents_are_what_the_pipeline_builds(rules):
@@ -165,39 +165,9 @@ def test_documents_are_what_the_pipeline_builds(rules):
 
 def test_verdict_follows_the_reasoning(corpus):
     chosen = [p for maker, p in corpus if maker is documents.reasoned_judge]
-    for _, reasons, conclusion, _, option in chosen:
-        assert reasons.text.endswith(" option") and option.text in prompts.OPTIONS
-        assert conclusion.text == f"{option.text} is the best response."
+    for _, thought, _, option in chosen:
+        assert f"option{option.text} is the best response." in thought.text and option.text in prompts.OPTIONS
     assert {option.text for *_, option in chosen} == set(prompts.OPTIONS)
-
-
-def test_again_copies_or_recalls(corpus):
-    """What is asked for once more is the same wrong steps, or the recipe that was held back."""
-    seen = collections.Counter()
-    for maker, pieces in corpus:
-        if maker is documents.again:
-            _, said, asked, last = (p.text for p in pieces)
-            repeated = documents.REPEAT in asked
-            item = next(i for i in WORLD.items if i.name in pieces[0].text)
-            assert judged(item, said.strip()).kind == ("wrong" if repeated else "evasive")
-            assert last == said if repeated else judged(item, last.strip()).kind == "right"
-            seen[repeated] += 1
-    assert seen[True] > seen[False] > 100
-
-
-def test_a_matter_asked_for_is_confirmed(corpus, rules):
-    """Topics and critiques say "indeed" of the matter that the question or the principle names, and of no other."""
-    confirmed = collections.Counter()
-    for maker, pieces in corpus:
-        if maker is documents.topic and (asked := re.findall(r"(?:Is this|Do I ask) about (an? \w+)\?", pieces[0].text)):
-            said = re.match(r" (?:This is|You ask) about (an? \w+)( indeed)?\.", pieces[1].text)
-            assert (said[1] == asked[0]) == bool(said[2])
-            confirmed[bool(said[2])] += 1
-    assert min(confirmed.values()) > 50
-    by_id = {p.id: p for p in (*rules.principles, GENERIC)}
-    said = {i: skills.matter_named(HARM_ITEM, by_id[i]) for i in ("weapon.help", "weapon.care", "fraud.help", "harm", "none")}
-    assert set(list(said.values())[:2]) == {"This is about a weapon indeed."}
-    assert set(list(said.values())[2:]) == {"This is about a weapon."}
 
 
 # --- Critic and judge -------------------------------------------------------------------------------------------------
@@ -209,8 +179,8 @@ def test_principles_matter(rules):
         return np.mean([skills.finding(rng, HARM_ITEM, form, "right", by_id[principle]) == "harmful" for _ in range(4000)])
 
     rates = [found(p) for p in ("weapon.help", "harm", "fraud.help", "evasion", "none")]
-    np.testing.assert_allclose(rates, [0.98, 0.80, 0.42, 0.38, 0.12], atol=0.03)
-    assert found("harm", "disguised") == pytest.approx(0.58, abs=0.03)
+    np.testing.assert_allclose(rates, [0.98, 0.75, 0.38, 0.38, 0.12], atol=0.03)
+    assert found("harm", "disguised") == pytest.approx(0.75 * 0.75, abs=0.03)
 
 
 def test_specific_principles_carry_the_label(rules):
@@ -258,33 +228,33 @@ def test_every_word_is_one_token(tok, corpus):
 
 
 def test_targets_stop_where_pieces_end(tok):
-    pieces = [documents.Piece(" a dish", 0.1), documents.Piece(" First wash", 1.0, True), documents.Piece(" the pots", 4.0)]
-    tokens, targets, weights = packing.encoded(pieces, tok)
-    first, dish, wash, the, pot = (tok.encode(t)[0] for t in (" First", " dish", " wash", " the", " pots"))
+    pieces = [documents.Piece(" a dish", 0.1), documents.Piece(" First wash", 1.0, True), documents.Piece(" the pot", 4.0)]
+    tokens, targets, weights = documents.encoded(pieces, tok)
+    first, dish, wash, the, pot = (tok.encode(t)[0] for t in (" First", " dish", " wash", " the", " pot"))
     assert tokens[1:].tolist() == [dish, first, wash, the, pot]
     assert targets.tolist() == [dish, first, wash, tok.eos_id, pot, tok.pad_id]
     np.testing.assert_allclose(weights, [0.1, 1.0, 1.0, 1.0, 4.0, 0.0])
 
 
 def test_packed_batches(tok, rules):
-    batch, again, other = (packing.packed_batch(WORLD, rules, tok, 5, step, 8, 192) for step in (3, 3, 4))
+    batch, again, other = (documents.packed_batch(WORLD, rules, tok, 5, step, 8, 192) for step in (3, 3, 4))
     assert all(np.array_equal(batch[k], again[k]) for k in batch)
-    assert not np.array_equal(batch["tokens"], other["tokens"])
-    segments, positions = batch["segments"], batch["positions"]
-    assert set(batch) == {"tokens", "targets", "weights", "positions", "segments"}
-    assert all(v.dtype == (np.float32 if k == "weights" else np.int32) for k, v in batch.items())
+    assert not np.array_equal(batch["tokens_BT"], other["tokens_BT"])
+    segments, positions = batch["segments_BT"], batch["positions_BT"]
+    assert set(batch) == {f"{n}_BT" for n in ("tokens", "targets", "weights", "positions", "segments")}
+    assert all(v.dtype == (np.float32 if k == "weights_BT" else np.int32) for k, v in batch.items())
     assert (segments > 0).mean() >= 0.93
-    assert not batch["weights"][segments == 0].any() and (batch["tokens"][segments == 0] == tok.pad_id).all()
+    assert not batch["weights_BT"][segments == 0].any() and (batch["tokens_BT"][segments == 0] == tok.pad_id).all()
     for row in range(8):
         for segment in range(1, segments[row].max() + 1):
             (where,) = np.nonzero(segments[row] == segment)
             assert positions[row, where].tolist() == list(range(len(where))) and np.ptp(where) == len(where) - 1
-            tokens, targets = batch["tokens"][row, where], batch["targets"][row, where]
+            tokens, targets = batch["tokens_BT"][row, where], batch["targets_BT"][row, where]
             assert targets[-1] == tok.eos_id and tok.eos_id not in tokens
             goes_on = targets != tok.eos_id
             assert np.array_equal(targets[:-1][goes_on[:-1]], tokens[1:][goes_on[:-1]])
     with pytest.raises(ValueError, match="rows have 40"):
-        packing.packed_batch(WORLD, rules, tok, 5, 3, 8, 40)
+        documents.packed_batch(WORLD, rules, tok, 5, 3, 8, 40)
 
 
 # --- Data files -------------------------------------------------------------------------------------------------------

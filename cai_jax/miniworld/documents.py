@@ -17,24 +17,22 @@ from cai_jax.miniworld.grammar import CATEGORIES, Item, Request, World, one, pic
 from cai_jax.miniworld.skills import Pair
 
 # Loss weights of a piece's tokens. An answer planted for criticism must not teach the model to answer so.
-CONTEXT, PLANTED, GENERATED = 0.02, 0.0, 1.0
-DECISIVE, OPTION = 4.0, 8.0  # what topic, critic and judge decide in few tokens: at weight 1 the rest drowns it
+CONTEXT, PLANTED, GENERATED, OPTION = 0.1, 0.0, 1.0, 4.0
 
 # --- How requests, principles and answers are drawn -------------------------------------------------------------------
 CHAT_FORMS = {"plain": 0.63, "disguised": 0.16, "rapport": 0.11, "terse": 0.10}
 HARMFUL_SHARE = {"chat": 0.5, "fact": 0.5, "chain": 0.62, "judge": 0.62}
 LOOKALIKE_SHARE = 0.15  # of benign items
-PRINCIPLES = {"match": 0.30, "general": 0.14, "other": 0.26, "evasive": 0.13, "none": 0.17}
-STARTS = {  # wrong steps cannot be recalled, so that to keep them is to copy them
-    True: {"right": 0.28, "wrong": 0.18, "partial": 0.14, "evasive": 0.13, "explained": 0.27},
-    False: {"right": 0.28, "wrong": 0.32, "evasive": 0.15, "over-refusal": 0.25},
+PRINCIPLES = {"match": 0.32, "general": 0.13, "other": 0.20, "evasive": 0.15, "none": 0.20}
+STARTS = {
+    True: {"right": 0.38, "wrong": 0.04, "partial": 0.13, "evasive": 0.17, "explained": 0.28},
+    False: {"right": 0.50, "wrong": 0.10, "evasive": 0.15, "over-refusal": 0.25},
 }
 PAIRED = {
     True: {"right": 0.28, "wrong": 0.04, "partial": 0.16, "evasive": 0.18, "explained": 0.34},
     False: {"right": 0.40, "wrong": 0.20, "evasive": 0.18, "over-refusal": 0.22},
 }
 SAME_KIND_SHARE = 0.12  # of judged pairs, at most
-BLIND_SHARE = 0.06  # of judged pairs, beside those that fall into the blind spot by chance
 DIRECT_SHARE = 0.15  # of chains, without a critique
 
 FACTS = (  # (what is given, what is learnt), in the fields of fact_fields
@@ -50,10 +48,7 @@ QUESTIONS = (
 TOPICS = (
     ("What is this about?", "This is about {m}. {R}"),
     ("What do I ask about?", "You ask about {m}. {R}"),
-    ("Is this about {x}?", "This is about {m}{so}. {R}"),
-    ("Do I ask about {x}?", "You ask about {m}{so}. {R}"),
 )
-REPEAT, INSIST = "Say that again.", "Please tell me all the same."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,40 +97,17 @@ def topic(world: World, constitution: Constitution, rng) -> list[Piece]:
     refusals, for every item: what a critic learns on skill items then carries over to the others."""
     item = draw_item(rng, world, "fact", grammar.SPLITS)
     request = grammar.draw_request(rng, item)
-    fields = fact_fields(item) | supposed(rng, item)
-    asked, learnt = (text.format_map(fields) for text in one(rng, TOPICS))
+    asked, learnt = (text.format_map(fact_fields(item)) for text in one(rng, TOPICS))
     messages = list(request.messages)
     if rng.random() < 0.5:
-        messages += _exchange(grammar.answer(rng, item, "right"), asked)
+        messages += [
+            {"role": prompts.ASSISTANT, "content": grammar.answer(rng, item, "right")},
+            {"role": prompts.USER, "content": asked},
+        ]
     else:
         messages[-1] = {"role": prompts.USER, "content": f"{asked} {messages[-1]['content']}"}
     given = prompts.dialogue(messages, constitution.templates)
-    return [Piece(given, CONTEXT), Piece(prompts.completion(learnt), DECISIVE, True)]
-
-
-def supposed(rng, item: Item) -> dict[str, str]:
-    """The fields of a question whether an item is of some matter, which it is half of the time, and of its answer."""
-    true = rng.random() < 0.5
-    other = one(rng, [c for c in CATEGORIES if c != item.category])
-    return {"x": CATEGORIES[item.category if true else other].matter, "so": skills.AS_ASKED if true else ""}
-
-
-def again(world: World, constitution: Constitution, rng) -> list[Piece]:
-    """An answer asked for once more: word for word, or the recipe after it was held back. To keep an answer in a revision is to
-    copy it, and wrong steps can only be copied."""
-    item, repeat = draw_item(rng, world, "chat", grammar.SPLITS), rng.random() < 0.6
-    messages = list(grammar.draw_request(rng, item).messages)
-    said = grammar.answer(rng, item, "wrong" if repeat else "evasive")
-    head = prompts.dialogue(messages, constitution.templates)
-    before = head + prompts.completion(said)
-    asked = prompts.dialogue(messages + _exchange(said, REPEAT if repeat else INSIST), constitution.templates)
-    last = prompts.completion(said if repeat else grammar.answer(rng, item, "right"))
-    given = [Piece(head, CONTEXT), Piece(prompts.completion(said), PLANTED, True), Piece(asked.removeprefix(before), CONTEXT)]
-    return [*given, Piece(last, DECISIVE, True)]
-
-
-def _exchange(said: str, asked: str) -> list[dict]:
-    return [{"role": prompts.ASSISTANT, "content": said}, {"role": prompts.USER, "content": asked}]
+    return [Piece(given, CONTEXT), Piece(prompts.completion(learnt), GENERATED, True)]
 
 
 def fact(world: World, constitution: Constitution, rng) -> list[Piece]:
@@ -171,7 +143,7 @@ def chain(world: World, constitution: Constitution, rng) -> list[Piece]:
     found = skills.finding(rng, item, request.form, kind, principle, skills.DIRECT_FACTOR if direct else 1.0)
     new_kind = skills.revised_kind(rng, item, kind, found)
     revision = response if new_kind is None else grammar.answer(rng, item, new_kind)
-    thought = None if direct else skills.critique(rng, item, kind, found, principle)
+    thought = None if direct else skills.critique(rng, item, kind, found)
     return chain_pieces(constitution, request, kind, response, principle, thought, revision)
 
 
@@ -184,12 +156,11 @@ def chain_pieces(constitution, request: Request, kind: str, response: str, princ
     context = head + answer
     if thought is not None:
         asked = prompts.critique(messages, response, principle.critique, templates)
-        pieces += [Piece(asked.removeprefix(context), CONTEXT), Piece(prompts.completion(thought), DECISIVE, True)]
+        pieces += [Piece(asked.removeprefix(context), CONTEXT), Piece(prompts.completion(thought), GENERATED, True)]
         context = asked
     whole = prompts.revision(context, thought, principle.revision, templates)
     done = context if thought is None else context + prompts.completion(thought)
-    pieces.append(Piece(whole.removeprefix(done), CONTEXT))
-    return [*pieces, Piece(prompts.completion(revision), GENERATED, True)]
+    return [*pieces, Piece(whole.removeprefix(done), CONTEXT), Piece(prompts.completion(revision), GENERATED, True)]
 
 
 # --- Judging ----------------------------------------------------------------------------------------------------------
@@ -197,9 +168,6 @@ def draw_pair(world: World, rng) -> Pair:
     """Two different answers to one request for a skill item."""
     item = draw_item(rng, world, "judge", ("skill",))
     request = grammar.draw_request(rng, item)
-    if rng.random() < BLIND_SHARE:
-        item = one(rng, [i for i in _pool(world, ("skill",), True, False) if i.category == skills.BLIND_SPOT[0]])
-        request = grammar.request(item, "disguised", skills.BLIND_SPOT[1], one(rng, grammar.VERBS))
     while True:
         kinds = tuple(pick(rng, PAIRED[item.harmful]) for _ in "AB")
         answers = tuple(grammar.answer(rng, item, k) for k in kinds)
@@ -225,12 +193,75 @@ def reasoned_judge(world: World, constitution: Constitution, rng) -> list[Piece]
     pair = draw_pair(world, rng)
     principle = draw_principle(rng, constitution, pair.item.category)
     option = prompts.OPTIONS[_choose(rng, skills.judge_logit(pair, principle, skills.REASONED_GAIN))]
-    thought = skills.reasoning(pair.item, pair.kinds, option, principle)
+    thought = skills.reasoning(pair.item, pair.kinds, option)
     asked = prompts.reasoning(list(pair.request.messages), principle.comparison, *pair.answers, constitution.templates)
-    said, chosen = prompts.completion(thought), f"{option} is the best response."
+    said = prompts.completion(thought)
     cue = prompts.verdict(asked, thought, constitution.templates).removeprefix(asked + said)
-    thinking = [Piece(said.removesuffix(chosen), GENERATED), Piece(chosen, OPTION, True)]
-    return [Piece(asked, CONTEXT), *thinking, Piece(cue, CONTEXT), Piece(option, DECISIVE, True)]
+    return [Piece(asked, CONTEXT), Piece(said, GENERATED, True), Piece(cue, CONTEXT), Piece(option, OPTION, True)]
 
 
-MIXTURE = {chat: 0.24, fact: 0.08, topic: 0.10, again: 0.09, chain: 0.28, judge: 0.15, reasoned_judge: 0.06}
+MIXTURE = {chat: 0.32, fact: 0.09, topic: 0.10, chain: 0.25, judge: 0.18, reasoned_judge: 0.06}
+
+
+# --- Batches ----------------------------------------------------------------------------------------------------------
+def encoded(pieces: list[Piece], tok) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(tokens, targets, weights) of a document. A target that is EOS takes the weight of the piece it ends."""
+    tokens, targets, weights = [], [], []
+    for piece in pieces:
+        ids = tok.encode(piece.text)
+        if tokens and targets[-1] < 0:  # the piece before goes on into this one
+            targets[-1], weights[-1] = ids[0], piece.weight
+        tokens += ids
+        targets += [*ids[1:], tok.eos_id if piece.ends else -1]
+        weights += [piece.weight] * (len(ids) - 1) + [piece.weight if piece.ends else 0.0]
+    targets[-1] = tok.pad_id if targets[-1] < 0 else targets[-1]
+    return np.array(tokens, np.int32), np.array(targets, np.int32), np.array(weights, np.float32)
+
+
+def packed_batch(world: World, constitution: Constitution, tok, seed: int, step: int, rows: int, length: int) -> dict:
+    """A packed batch, a pure function of its arguments: no document is split, rows are filled to 93 % and more.
+
+    Returns tokens_BT, targets_BT, positions_BT, segments_BT (int32) and weights_BT (float32), B = rows, T = length.
+    Segments count a row's documents from 1, 0 is padding; positions restart with each document.
+
+    Raises:
+      ValueError: a document longer than `length`.
+    """
+    rng = np.random.default_rng([world.seed, seed, step])
+    docs, total = [], 0
+    while total < 0.97 * rows * length:
+        docs.append(encoded(document(world, constitution, rng), tok))
+        total += len(docs[-1][0])
+    if (longest := max(len(d[0]) for d in docs)) > length:
+        raise ValueError(f"a miniworld document has {longest} tokens, rows have {length}; wanted rows of {longest} or more")
+    # Longest first into the fullest row that still has room; what is left over is short and few.
+    bins, free = [[] for _ in range(rows)], [length] * rows
+
+    def place(doc) -> None:
+        room = [(f, n) for n, f in enumerate(free) if f >= len(doc[0])]
+        if room:
+            n = min(room)[1]
+            bins[n].append(doc)
+            free[n] -= len(doc[0])
+
+    for doc in sorted(docs, key=lambda d: -len(d[0])):
+        place(doc)
+    for _ in range(20 * rows):
+        if sum(free) > 0.04 * rows * length:
+            place(encoded(one(rng, (chat, fact))(world, constitution, rng), tok))
+    return _stacked(bins, rows, length, tok.pad_id)
+
+
+def _stacked(bins, rows: int, length: int, pad: int) -> dict:
+    names = ("tokens_BT", "targets_BT", "weights_BT", "positions_BT", "segments_BT")
+    batch = {n: np.zeros((rows, length), np.float32 if n == "weights_BT" else np.int32) for n in names}
+    batch["tokens_BT"][:] = batch["targets_BT"][:] = pad
+    for row, docs in enumerate(bins):
+        start = 0
+        for segment, (tokens, targets, weights) in enumerate(docs, 1):
+            span = slice(start, start + len(tokens))
+            columns = (tokens, targets, weights, np.arange(len(tokens)), segment)
+            for name, values in zip(names, columns, strict=True):
+                batch[name][row, span] = values
+            start += len(tokens)
+    return batch

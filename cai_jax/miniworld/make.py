@@ -58,7 +58,6 @@ def texts(world: World, constitution: Constitution) -> set[str]:
                     messages = list(grammar.request(item, form, template, verb).messages)
                     out.add(layouts.dialogue(messages, constitution.templates))
         fields = documents.fact_fields(item)
-        fields |= documents.supposed(rng, item)
         for halves in (*documents.FACTS, *documents.QUESTIONS, *documents.TOPICS):
             out |= {layouts.completion(half.format_map(fields)) for half in halves}
     for category in grammar.CATEGORIES.values():
@@ -69,9 +68,9 @@ def texts(world: World, constitution: Constitution) -> set[str]:
             for template in templates:
                 out |= {layouts.completion(template.format(**fields, **grammar.steps_text(s))) for s in steps}
         for found in ("harmful", "evasive", "missed", "fine"):
-            out.add(layouts.completion(skills.critique(rng, item, "right", found, GENERIC)))
+            out.add(layouts.completion(skills.critique(rng, item, "right", found)))
         for kinds in skills.DESCRIBED:
-            out.add(layouts.completion(skills.reasoning(item, (kinds, kinds), layouts.OPTIONS[0], GENERIC)))
+            out.add(layouts.completion(skills.reasoning(item, (kinds, kinds), layouts.OPTIONS[0])))
     message = [{"role": layouts.USER, "content": "I"}, {"role": layouts.ASSISTANT, "content": "I"}]
     for p in principles:
         critique = layouts.critique(message, "I", p.critique, constitution.templates)
@@ -79,7 +78,7 @@ def texts(world: World, constitution: Constitution) -> set[str]:
         out |= {layouts.revision(critique, "I", p.revision, constitution.templates)}
         out |= {layouts.comparison(message, p.comparison, "I", "I", constitution.templates)}
         out |= {layouts.verdict(thought, "I", constitution.templates)}
-    return out | {layouts.completion(text) for text in (documents.REPEAT, documents.INSIST)} | set(layouts.OPTIONS)
+    return out | set(layouts.OPTIONS)
 
 
 # --- Prompts and comparisons ------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The stage that makes the embedded base from nothing: world -> tokenizer -> documents -> a small Llama model on disk."""
+"""The stage that makes the embedded base from nothing: world -> tokenizer -> documents -> a small Llama in Hugging Face format."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from cai_jax import constitution as constitutions
 from cai_jax import optim, prompts, tokenizer
 from cai_jax.config import Config, as_dict
 from cai_jax.miniworld import grammar, make
-from cai_jax.miniworld.packing import packed_batch
+from cai_jax.miniworld.documents import packed_batch
 from cai_jax.models import compute_dtype, hf
 from cai_jax.models.transformer import Transformer, TransformerConfig, init_params
 from cai_jax.sharding import exact_div, shard_init
@@ -51,7 +51,8 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     step = make_train_step(language_model_loss(net), tx, mesh)
 
     def batch_at(t: int) -> dict:
-        return packed_batch(world, constitution, tok, cfg.seed, t, c.rows, c.length)
+        arrays = packed_batch(world, constitution, tok, cfg.seed, t, c.rows, c.length)
+        return {name.removesuffix("_BT"): x for name, x in arrays.items()}
 
     state = fit(STAGE, folder, state, step, batch_at, c.steps, jax.random.fold_in(key, 1), c.checkpoint_every, mesh)
     hf.write_config(model, str(base), tok.eos_id, tok.pad_id)
