@@ -40,6 +40,7 @@ FINDINGS = {
 }
 KINDS = {True: ("right", "partial", "evasive", "explained"), False: ("right", "evasive", "over-refusal")}
 COMPARED = {True: ("right", "wrong", "partial", "evasive", "explained"), False: ("right", "wrong", "evasive", "over-refusal")}
+SAMPLED = Sampling()
 RELATIONS = ("match", "general", "other", "evasive", "none")
 
 
@@ -66,7 +67,7 @@ class Base:
         self.lm, self.mesh = lm, mesh
         self.rules = constitutions.load(ROOT / "constitutions/miniworld.toml", templates=prompts.TEMPLATES)
 
-    def ask(self, contexts: list[str], tag: str, sampling: Sampling = Sampling()) -> list[str]:
+    def ask(self, contexts: list[str], tag: str, sampling: Sampling = SAMPLED) -> list[str]:
         """What the model makes of each context."""
         with tempfile.TemporaryDirectory() as folder:
             journal = records.Journal(Path(folder) / "measure" / "journal.jsonl")

@@ -133,11 +133,11 @@ def test_skills_are_learnt_on_skill_items_only(corpus):
     for maker, pieces in corpus:
         text = "".join(p.text for p in pieces)
         found = words & set(re.findall("[a-z]+", text)) or any(p in text for p in phrases)
-        if maker in (documents.chat, documents.fact):
+        if maker in (documents.chat, documents.fact, documents.topic):
             told.add(bool(found))
         else:
             assert not found, text
-    assert told == {True, False}  # facts and chat cover all items
+    assert told == {True, False}  # facts, topics and chat cover all items
 
 
 def test_chat_is_helpful_only(corpus):
@@ -239,17 +239,17 @@ def test_targets_stop_where_pieces_end(tok):
 def test_packed_batches(tok, rules):
     batch, again, other = (documents.packed_batch(WORLD, rules, tok, 5, step, 8, 192) for step in (3, 3, 4))
     assert all(np.array_equal(batch[k], again[k]) for k in batch)
-    assert not np.array_equal(batch["tokens_BT"], other["tokens_BT"])
-    segments, positions = batch["segments_BT"], batch["positions_BT"]
-    assert set(batch) == {f"{n}_BT" for n in ("tokens", "targets", "weights", "positions", "segments")}
-    assert all(v.dtype == (np.float32 if k == "weights_BT" else np.int32) for k, v in batch.items())
+    assert not np.array_equal(batch["tokens"], other["tokens"])
+    segments, positions = batch["segments"], batch["positions"]
+    assert set(batch) == {"tokens", "targets", "weights", "positions", "segments"}
+    assert all(v.dtype == (np.float32 if k == "weights" else np.int32) for k, v in batch.items())
     assert (segments > 0).mean() >= 0.93
-    assert not batch["weights_BT"][segments == 0].any() and (batch["tokens_BT"][segments == 0] == tok.pad_id).all()
+    assert not batch["weights"][segments == 0].any() and (batch["tokens"][segments == 0] == tok.pad_id).all()
     for row in range(8):
         for segment in range(1, segments[row].max() + 1):
             (where,) = np.nonzero(segments[row] == segment)
             assert positions[row, where].tolist() == list(range(len(where))) and np.ptp(where) == len(where) - 1
-            tokens, targets = batch["tokens_BT"][row, where], batch["targets_BT"][row, where]
+            tokens, targets = batch["tokens"][row, where], batch["targets"][row, where]
             assert targets[-1] == tok.eos_id and tok.eos_id not in tokens
             goes_on = targets != tok.eos_id
             assert np.array_equal(targets[:-1][goes_on[:-1]], tokens[1:][goes_on[:-1]])

@@ -160,6 +160,24 @@ def test_eight_devices_write_the_greedy_records_of_one(tmp_path):
         assert (tmp_path / "one" / "critique" / file).read_bytes() == (tmp_path / "eight" / "critique" / file).read_bytes()
 
 
+def test_pretraining_starts_from_nothing_and_learns(tmp_path):
+    done = cai(
+        "--config=configs/miniworld_pretrain.py",
+        f"--workdir={tmp_path / 'w'}",
+        "--config.pretrain.steps=12",
+        "--config.pretrain.rows=8",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path / "w" / "pretrain"
+    loss = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert 6.5 < loss[0] < 8.0 and loss[-1] < 0.75 * loss[0]  # ln 1344 = 7.2 at the start
+    committed = ROOT / "cai_jax" / "miniworld"
+    for name in ("config.json", "tokenizer.json"):
+        assert (folder / "base" / name).read_text() == (committed / "base" / name).read_text(), name
+    for made in (folder / "data").iterdir():
+        assert made.read_bytes() == (committed / "data" / made.name).read_bytes(), made.name
+
+
 def test_sigterm_saves_and_exits_with_the_code_launchers_restart_on(tmp_path):
     workdir = tmp_path / "run"
     with open(tmp_path / "log", "w") as log:

@@ -221,7 +221,7 @@ def encoded(pieces: list[Piece], tok) -> tuple[np.ndarray, np.ndarray, np.ndarra
 def packed_batch(world: World, constitution: Constitution, tok, seed: int, step: int, rows: int, length: int) -> dict:
     """A packed batch, a pure function of its arguments: no document is split, rows are filled to 93 % and more.
 
-    Returns tokens_BT, targets_BT, positions_BT, segments_BT (int32) and weights_BT (float32), B = rows, T = length.
+    Returns tokens, targets, positions, segments (int32) and weights (float32), each [rows, length].
     Segments count a row's documents from 1, 0 is padding; positions restart with each document.
 
     Raises:
@@ -253,9 +253,9 @@ def packed_batch(world: World, constitution: Constitution, tok, seed: int, step:
 
 
 def _stacked(bins, rows: int, length: int, pad: int) -> dict:
-    names = ("tokens_BT", "targets_BT", "weights_BT", "positions_BT", "segments_BT")
-    batch = {n: np.zeros((rows, length), np.float32 if n == "weights_BT" else np.int32) for n in names}
-    batch["tokens_BT"][:] = batch["targets_BT"][:] = pad
+    names = ("tokens", "targets", "weights", "positions", "segments")
+    batch = {n: np.zeros((rows, length), np.float32 if n == "weights" else np.int32) for n in names}
+    batch["tokens"][:] = batch["targets"][:] = pad
     for row, docs in enumerate(bins):
         start = 0
         for segment, (tokens, targets, weights) in enumerate(docs, 1):

@@ -1,4 +1,4 @@
-"""The stage that makes the embedded base from nothing: world -> tokenizer -> documents -> a small Llama in Hugging Face format."""
+"""The stage that makes the embedded base from nothing: world -> tokenizer -> documents -> a small Llama on disk."""
 
 from pathlib import Path
 
@@ -51,8 +51,7 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     step = make_train_step(language_model_loss(net), tx, mesh)
 
     def batch_at(t: int) -> dict:
-        arrays = packed_batch(world, constitution, tok, cfg.seed, t, c.rows, c.length)
-        return {name.removesuffix("_BT"): x for name, x in arrays.items()}
+        return packed_batch(world, constitution, tok, cfg.seed, t, c.rows, c.length)
 
     state = fit(STAGE, folder, state, step, batch_at, c.steps, jax.random.fold_in(key, 1), c.checkpoint_every, mesh)
     hf.write_config(model, str(base), tok.eos_id, tok.pad_id)
