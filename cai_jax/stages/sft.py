@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import jax
-
 from cai_jax import checkpoints, optim, prompts, records
 from cai_jax.config import Config
 from cai_jax.data import epochs, pack
@@ -57,5 +55,5 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     checkpoints.save_model(folder, state.params)
     counts = drops.counts(given, kept)
     counts |= {"rows": len(rows["tokens"]), "steps": steps, "target_tokens": int(rows["weights"].sum())}
-    finish(STAGE, workdir, {"model": checkpoints.fingerprint(state.params)}, counts | {"devices": jax.device_count()})
+    finish(STAGE, workdir, {"model": checkpoints.fingerprint(state.params)}, counts)
     return True
