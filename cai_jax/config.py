@@ -22,9 +22,9 @@ class Model:
 
 @dataclass(frozen=True)
 class Data:
-    redteam: str = "cai_jax/miniworld/data/redteam.jsonl"  # prompts that try to draw out harm
-    helpful: str = "cai_jax/miniworld/data/helpful.jsonl"  # prompts that only want help
-    comparisons: str = "cai_jax/miniworld/data/comparisons.jsonl"  # human helpfulness comparisons
+    redteam: str = "cai_jax/miniworld/data/redteam.jsonl"  # prompts that try to draw out harm: critique, preferences, ppo
+    helpful: str = "cai_jax/miniworld/data/helpful.jsonl"  # prompts that only want help: critique, ppo
+    comparisons: str = "cai_jax/miniworld/data/comparisons.jsonl"  # human helpfulness comparisons: reward, dpo
     max_redteam: int = 0  # use the first N prompts; 0: all
     max_helpful: int = 0  # likewise
     max_comparisons: int = 0  # likewise
@@ -60,7 +60,7 @@ class Optimizer:
 class Pretrain:
     """Only configs/miniworld_pretrain.py runs this stage: it makes the embedded base from nothing."""
 
-    steps: int = 2400
+    steps: int = 2600
     rows: int = 24  # per step
     length: int = 192  # tokens per packed row
     width: int = 128
@@ -75,7 +75,7 @@ class Pretrain:
 @dataclass(frozen=True)
 class Critique:
     rounds: int = 2  # critique-revision pairs per prompt; 0: the first response is the target
-    temperature_end: float = 1.0  # the temperature goes linearly from sampling.temperature to this over the revisions
+    temperature_end: float = 1.0  # of the last round; it goes linearly from sampling.temperature, that of the first response
     direct: bool = False  # revise without a critique (paper, figure 7)
     use_principles: bool = True  # False: a request that names no principle
     few_shot: str = ""  # TOML of examples put before every critique and revision; empty: none
@@ -86,9 +86,9 @@ class Critique:
 @dataclass(frozen=True)
 class SFT:
     revisions: str = "last"  # last | all: which rounds' revisions are targets (the paper uses all)
-    epochs: int = 6
+    epochs: int = 4
     rows: int = 8  # packed rows per step
-    length: int = 128  # tokens per row
+    length: int = 128  # tokens per row; longer examples are left out and counted
     microbatches: int = 1
     checkpoint_every: int = 100  # steps
     optimizer: Optimizer = Optimizer(learning_rate=3e-4, warmup_steps=10)
@@ -101,7 +101,7 @@ class Preferences:
     principles: int = 1  # drawn per comparison; more are averaged
     chain_of_thought: bool = False
     clamp: tuple[float, float] = (0.4, 0.6)  # of chain-of-thought labels only (paper 4.1)
-    few_shot: str = ""
+    few_shot: str = ""  # TOML of examples put before every comparison; empty: none
     score_batch: int = 128  # rows scored together
     thought: Sampling = Sampling(max_tokens=40)
     sampling: Sampling = Sampling()
@@ -109,7 +109,7 @@ class Preferences:
 
 @dataclass(frozen=True)
 class Reward:
-    init: str = "sft"  # sft | base
+    init: str = "sft"  # sft | base: what its trunk starts from
     epochs: int = 2
     batch_size: int = 32  # comparisons per step
     microbatches: int = 1
@@ -121,35 +121,35 @@ class Reward:
 @dataclass(frozen=True)
 class PPO:
     init: str = "sft"  # sft | base: the policy's start and the KL reference
-    iterations: int = 16
+    iterations: int = 12
     batch_size: int = 128  # rollouts per iteration
     helpful_share: float = 0.5  # of the prompts of an iteration
-    epochs: int = 2
-    minibatches: int = 4
+    epochs: int = 2  # passes over the rollouts of an iteration
+    minibatches: int = 4  # updates per pass
     value_network: str = "separate"  # separate: starts as the reward model | shared: a head on the policy's trunk
-    kl_coef: float = 0.2  # nats -> reward, per token
+    kl_coef: float = 0.2  # reward per nat, paid at every token; 1 reward: a standard deviation of the reward model's scores
     kl_adaptive: bool = False  # move kl_coef so that the KL per response nears kl_target
     kl_target: float = 1.0  # nats per response
-    kl_horizon: int = 10_000  # rollouts
-    clip: float = 0.2
-    value_clip: float = 0.2
-    value_coef: float = 0.1
+    kl_horizon: int = 10_000  # rollouts in which kl_coef may change by a fifth; larger is slower
+    clip: float = 0.2  # of the probability ratio
+    value_clip: float = 0.2  # of the change of a value, in rewards
+    value_coef: float = 0.1  # weight of the value loss
     entropy_coef: float = 0.0
     discount: float = 1.0
     gae_lambda: float = 0.95
     whiten_advantages: bool = True
-    missing_eos_penalty: float = 3.0  # subtracted from the score of a response cut off at max_tokens
-    target_kl: float = 0.0  # stop an iteration's epochs when the mean KL to its rollout policy passes this; 0: never
+    missing_eos_penalty: float = 3.0  # rewards subtracted from the score of a response cut off at max_tokens
+    target_kl: float = 0.0  # nats per token to the rollout policy, mean of a pass, after which no other follows; 0: never
     max_drift: float = 0.01  # largest mean |sampler - scorer| log-prob, nats per token, before the run stops
     evaluate_every: int = 4  # iterations; 0: never
-    checkpoint_every: int = 4
+    checkpoint_every: int = 4  # iterations
     sampling: Sampling = Sampling()
     optimizer: Optimizer = Optimizer(learning_rate=2e-4, final_ratio=0.2)
 
 
 @dataclass(frozen=True)
 class DPO:
-    beta: float = 0.1
+    beta: float = 0.1  # strength of the pull to the supervised model; larger stays closer
     epochs: int = 2
     batch_size: int = 64
     microbatches: int = 1
@@ -159,9 +159,8 @@ class DPO:
 
 @dataclass(frozen=True)
 class Evaluate:
-    oracle: str = "miniworld"  # how responses are judged
-    redteam: str = "cai_jax/miniworld/data/redteam_eval.jsonl"
-    heldout: str = "cai_jax/miniworld/data/heldout.jsonl"
+    redteam: str = "cai_jax/miniworld/data/redteam_eval.jsonl"  # a sample of the pipeline's own prompts, both kinds
+    heldout: str = "cai_jax/miniworld/data/heldout.jsonl"  # prompts whose items no stage has seen
     limit: int = 0  # prompts per set, taken evenly; 0: all
     sampling: Sampling = Sampling(batch_size=256)
 
@@ -211,7 +210,6 @@ CHOICES = {
     "reward.init": ("sft", "base"),
     "ppo.init": ("sft", "base"),
     "ppo.value_network": ("separate", "shared"),
-    "evaluate.oracle": ("miniworld",),
 }
 AT_LEAST_ONE = ("epochs", "rows", "length", "batch_size", "microbatches", "minibatches", "max_tokens", "checkpoint_every")
 AT_LEAST_ONE += ("score_batch", "principles", "kl_horizon", "num_layers", "num_heads", "num_kv_heads", "width", "mlp_width")
@@ -226,11 +224,12 @@ class ConfigError(ValueError):
     """A configuration that cannot run. The message names the flag to change."""
 
 
-def _walk(cfg: Config, prefix: str = ""):
+def walk(cfg: Config, prefix: str = ""):
+    """Every key: (as it stands behind --config., its last part, its value)."""
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
         if dataclasses.is_dataclass(value):
-            yield from _walk(value, f"{prefix}{f.name}.")
+            yield from walk(value, f"{prefix}{f.name}.")
         else:
             yield prefix + f.name, f.name, value
 
@@ -243,7 +242,7 @@ def _require(good: bool, flag: str, got, wanted: str) -> None:
 def resolve(config) -> Config:
     """ConfigDict -> Config, checked. Raises ConfigError that names the flag, what it got and what is wanted."""
     cfg = section(config, Config)
-    for flag, name, value in _walk(cfg):
+    for flag, name, value in walk(cfg):
         _require(value is not None, flag, value, "a value")
         if flag in CHOICES:
             _require(value in CHOICES[flag], flag, value, "one of " + ", ".join(CHOICES[flag]))
@@ -267,6 +266,8 @@ def resolve(config) -> Config:
     clamp = cfg.preferences.clamp
     good = len(clamp) == 2 and all(isinstance(x, int | float) for x in clamp) and 0 <= clamp[0] < clamp[1] <= 1
     _require(good, "preferences.clamp", clamp, "two bounds with 0 <= low < high <= 1")
+    thinks, shown = cfg.preferences.chain_of_thought, cfg.preferences.few_shot
+    _require(not (thinks and shown), "preferences.few_shot", shown, "none with chain_of_thought: the blocks hold no thoughts")
     heat = cfg.ppo.sampling.temperature
     _require(heat > 0, "ppo.sampling.temperature", heat, "more than zero: rollouts are sampled")
     top_p = cfg.ppo.sampling.top_p

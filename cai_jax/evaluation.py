@@ -12,6 +12,7 @@ from cai_jax.data import load_prompts
 from cai_jax.generate import Request, sample_texts
 from cai_jax.models import LM
 from cai_jax.stages import load_constitution
+from cai_jax.workdir import InputError
 
 WATCHED = ("harm_rate", "helpfulness", "over_refusal", "evasive")  # logged while PPO runs
 WATCH_PROMPTS = 128
@@ -24,14 +25,31 @@ def miniworld():
     return grammar.world()
 
 
-def summary(cfg: Config, prompt_records: list[dict], responses: list[str]) -> dict:
+def judged(path: str, flag: str) -> list[dict]:
+    """The prompts of a file that the oracle can judge. Raises InputError when one asks for no item of the embedded world."""
+    todo = load_prompts(path, 0, flag)
+    if strange := next((p for p in todo if not known(p)), None):
+        raise InputError(
+            f"{path}: record {strange['id']!r} names no item of the embedded world ('item': {strange.get('item')!r}), so its "
+            f"oracle cannot judge the answers (--config.{flag}). Give prompts of that world, or leave 'evaluate' out of "
+            "--config.stages and set --config.ppo.evaluate_every=0"
+        )
+    return todo
+
+
+def known(record: dict) -> bool:
+    """Whether a prompt asks for an item of the embedded world."""
+    return record.get("item") in miniworld().by_name
+
+
+def summary(prompt_records: list[dict], responses: list[str]) -> dict:
     """Metrics of one model on one set: see miniworld.oracle.summary."""
     from cai_jax.miniworld import oracle
 
     return oracle.summary(miniworld(), prompt_records, responses)
 
 
-def verdict(cfg: Config, record: dict, response: str):
+def verdict(record: dict, response: str):
     """The oracle's verdict on one response."""
     from cai_jax.miniworld import oracle
 
@@ -43,11 +61,13 @@ def evenly(items: list, limit: int) -> list:
     return items if not limit or limit >= len(items) else [items[i * len(items) // limit] for i in range(limit)]
 
 
-def answers(cfg: Config, lm: LM, todo: list[dict], sampling, journal: records.Journal, mesh, tag: str) -> list[str]:
-    """The model's response to every prompt record."""
+def answers(
+    cfg: Config, lm: LM, todo: list[dict], sampling, journal: records.Journal, mesh, tag: str, stoppable=True
+) -> list[str]:
+    """The model's response to every prompt record. `stoppable`: see generate.sample_texts."""
     templates = load_constitution(cfg).templates
     asked = [Request(f"{p['id']}/{tag}", prompts.dialogue(p["messages"], templates)) for p in todo]
-    return [s["text"] for s in sample_texts(lm, asked, sampling, cfg.seed, journal, mesh, tag)]
+    return [s["text"] for s in sample_texts(lm, asked, sampling, cfg.seed, journal, mesh, templates, tag, stoppable)]
 
 
 class Watch:
@@ -55,12 +75,13 @@ class Watch:
 
     def __init__(self, cfg: Config, folder: Path, mesh):
         self.cfg, self.folder, self.mesh = cfg, folder, mesh
-        self.todo = evenly(load_prompts(cfg.evaluate.redteam, 0, "evaluate.redteam"), WATCH_PROMPTS)
+        self.todo = evenly(judged(cfg.evaluate.redteam, "evaluate.redteam"), WATCH_PROMPTS)
 
     def __call__(self, lm: LM, t: int) -> dict:
-        """-> {"eval/harm_rate": ..., ...} after iteration `t`."""
+        """-> {"eval/harm_rate": ..., ...} after iteration `t`, to the end: a request to stop must not lose the iteration."""
         journal = records.Journal(self.folder / f"watch-{t}.jsonl")
-        texts = answers(self.cfg, lm, self.todo, self.cfg.evaluate.sampling, journal, self.mesh, f"watch{t}")
+        sampling = self.cfg.evaluate.sampling
+        texts = answers(self.cfg, lm, self.todo, sampling, journal, self.mesh, f"watch{t}", stoppable=False)
         journal.remove()
-        found = summary(self.cfg, self.todo, texts)
+        found = summary(self.todo, texts)
         return {f"eval/{name}": found[name] for name in WATCHED if found[name] is not None}

@@ -14,9 +14,9 @@ import numpy as np
 from cai_jax.config import Sampling
 from cai_jax.data import bucket, pad_rows
 from cai_jax.models import LM
-from cai_jax.models.transformer import Transformer, init_cache, unstack
+from cai_jax.models.transformer import Transformer, cast_matrices, init_cache, unstack
 from cai_jax.progress import Progress
-from cai_jax.prompts import STOPS, read_back
+from cai_jax.prompts import TEMPLATES, read_back, stops
 from cai_jax.records import Journal
 from cai_jax.sampling import choose, record_key_data, record_keys
 from cai_jax.sharding import put_batch
@@ -41,7 +41,7 @@ def generate(
     B, P = tokens_BP.shape
     S = P + max_new
     net = net.clone(unrolled=True, remat=False)
-    params = jax.tree.map(lambda x: x.astype(net.dtype), unstack(params, net.cfg.num_layers))
+    params = unstack(cast_matrices(params, net.dtype), net.cfg.num_layers)
     slot_11S = jnp.arange(S)[None, None]
     prompt_B1S = slot_11S < lengths_B[:, None, None]
 
@@ -85,13 +85,22 @@ class Request(NamedTuple):
 
 
 def sample_texts(
-    lm: LM, requests: list[Request], sampling: Sampling, seed: int, journal: Journal, mesh, what: str = "responses"
+    lm: LM,
+    requests: list[Request],
+    sampling: Sampling,
+    seed: int,
+    journal: Journal,
+    mesh,
+    templates=TEMPLATES,
+    what: str = "responses",
+    stoppable: bool = True,
 ) -> list[dict]:
     """Continues every context, in batches of like length. -> per request, in order: {"text", "tokens", "finished"}.
 
     What is in the journal is not done again; what is done is journalled batch by batch. A request's text is a function of
     (model, context, sampling, seed, journal folder's stage, key): not of batches, order or restarts. `finished` is False for
-    a text cut off at max_tokens.
+    a text cut off at max_tokens; one that goes on with a cue of `templates` ends before it.
+    `stoppable`: after SIGTERM a batch is the last one, and Stopped is raised.
     """
     stage = journal.path.parent.name
     todo = [(lm.tok.encode(r.context), r) for r in requests if r.key not in journal.done]
@@ -105,17 +114,18 @@ def sample_texts(
     done = len(requests) - len(todo)
     with Progress(f"{stage}: {what}", len(requests), done, "sample") as progress:
         while todo:
-            raise_if_stopping()
+            if stoppable:
+                raise_if_stopping()
             size = bucket(len(todo[0][0]))
             rows = [x for x in todo[: sampling.batch_size] if bucket(len(x[0])) == size]
             todo = todo[len(rows) :]
-            journal.add(_sample_batch(lm, rows, size, sampling, seed, stage, mesh))
+            journal.add(_sample_batch(lm, rows, size, sampling, seed, stage, mesh, templates))
             done += len(rows)
             progress.update(done)
     return [journal.done[r.key] for r in requests]
 
 
-def _sample_batch(lm: LM, rows, size: int, sampling: Sampling, seed: int, stage: str, mesh) -> list[dict]:
+def _sample_batch(lm: LM, rows, size: int, sampling: Sampling, seed: int, stage: str, mesh, templates) -> list[dict]:
     tokens, lengths = pad_rows([ids for ids, _ in rows], size, sampling.batch_size)
     addresses = np.zeros((sampling.batch_size, 2), np.uint32)
     addresses[: len(rows)] = [record_key_data(stage, r.key) for _, r in rows]
@@ -138,6 +148,6 @@ def _sample_batch(lm: LM, rows, size: int, sampling: Sampling, seed: int, stage:
     for i, (_, r) in enumerate(rows):
         ids = out.tokens_BR[i, : out.lengths_B[i]].tolist()
         raw = lm.tok.decode(ids)
-        finished = bool(out.finished_B[i]) or any(s in raw for s in STOPS)
-        results.append({"key": r.key, "text": read_back(raw), "tokens": len(ids), "finished": finished})
+        finished = bool(out.finished_B[i]) or any(s in raw for s in stops(templates))
+        results.append({"key": r.key, "text": read_back(raw, templates), "tokens": len(ids), "finished": finished})
     return results

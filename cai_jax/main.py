@@ -3,6 +3,7 @@
 cai run --config=configs/miniworld.py --workdir=runs/a [--config.ppo.kl_coef=0.05 ...]
 """
 
+import difflib
 import importlib
 import sys
 import time
@@ -74,7 +75,11 @@ def parse(argv: list[str]) -> list[str]:
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as e:  # what a locked ConfigDict raises on a key or a section it does not have
-        say(f"error: unknown configuration key in {[a for a in argv if a.startswith('--config.')]}: {e}")
+        known = [flag for flag, _, _ in configs.walk(configs.Config())]
+        given = [a.removeprefix("--config.").partition("=")[0] for a in argv if a.startswith("--config.")]
+        for key in [g for g in given if g not in known] or [str(e)]:
+            near = difflib.get_close_matches(key, known, 1, cutoff=0.4)
+            say(f"error: unknown configuration key {key!r}" + (f"; did you mean --config.{near[0]}?" if near else ""))
         sys.exit(2)
 
 

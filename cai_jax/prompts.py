@@ -26,9 +26,7 @@ TEMPLATES = {
     "verdict": "\n\nHuman:\nSo the answer is:",
 }
 FIELDS = {name: constitution.placeholders(text) for name, text in TEMPLATES.items()}
-
-# A base model that goes on after its turn starts one of these; its text ends there.
-STOPS = ("\n\nHuman:", "\n\nAssistant:", "\n\nCritiqueRequest:", "\n\nCritique:", "\n\nRevisionRequest:", "\n\nRevision:")
+TURNS = (USER, ASSISTANT, "reply", "critique", "revision")  # the templates that a model may go on with after its own text
 
 
 def check_template(name: str, text: str) -> None:
@@ -112,7 +110,14 @@ def _worked_comparison(block, principle, templates) -> str:
     return context + OPTIONS["AB".index(block.better)]
 
 
-def read_back(text: str) -> str:
+def stops(templates=TEMPLATES) -> tuple[str, ...]:
+    """Where a model's own text ends when it goes on: what the templates of a turn write around their fields, such as
+    '\\n\\nHuman:' and '\\n\\nCritique:'."""
+    written = [part.rstrip() for name in TURNS for part in re.split(r"\{\w+\}", templates[name])]
+    return tuple(dict.fromkeys(filter(None, written)))
+
+
+def read_back(text: str, templates=TEMPLATES) -> str:
     """A sampled continuation as stored text: cut at the first stop marker, outer white space removed."""
-    ends = [i for i in map(text.find, STOPS) if i >= 0]
+    ends = [i for i in map(text.find, stops(templates)) if i >= 0]
     return text[: min(ends, default=len(text))].strip()

@@ -106,11 +106,12 @@ def fit(
                 progress.update(t, log.add(t - 1, pending))
             pending = metrics
             last = t + 1 == steps
-            if last or stopping() or (t + 1) % every == 0:
+            stop = stopping()
+            if last or stop or (t + 1) % every == 0:
                 progress.update(t + 1, log.add(t, pending))
                 pending = None
                 saver.save(t + 1, state)
-            if stopping() and not last:
+            if stop and not last:
                 saver.close()
                 raise Stopped(f"{name} stopped on request after step {t + 1} of {steps}; the same command goes on from there")
     saver.close()

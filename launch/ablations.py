@@ -1,6 +1,6 @@
 """The ablations of the README: every variant by overrides alone, several seeds each, one table in Markdown.
 
-    python launch/ablations.py --workdir=runs/ablations --seeds=5 [--only=hard-labels,...]
+    python launch/ablations.py --workdir=runs/ablations --seeds=5 --jobs=2 [--only=hard-labels,...] [--config.KEY=VALUE ...]
 
 Runs are resumed and finished ones are skipped, as always. A variant that changes only late stages starts from copies of the
 baseline's early ones: a stage whose inputs are the same is not done again. Means over seeds with 95 % t-intervals, on held-out
@@ -9,10 +9,13 @@ prompts, sampled at temperature 1.
 
 import argparse
 import json
+import os
+import queue
 import shutil
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -40,17 +43,34 @@ METRICS = ("harm_rate", "explained", "helpfulness", "over_refusal", "evasive", "
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # Student's t, n values
 
 
-def run(workdir: Path, variant: str, seed: int) -> dict:
-    """-> results.json's "models" of one variant and seed."""
+def run(workdir: Path, variant: str, seed: int, cores: queue.Queue, extra: list[str]) -> dict:
+    """-> results.json's "models" of one variant and seed, run on the first free share of the cores."""
     overrides, reused = VARIANTS[variant]
     folder = workdir / f"{variant}-{seed}"
     for stage in reused:
         if not (folder / stage).exists():
             shutil.copytree(workdir / f"baseline-{seed}" / stage, folder / stage)
     command = [sys.executable, "-m", "cai_jax.main", "run", "--config=configs/miniworld.py", f"--workdir={folder}"]
-    with open(f"{folder}.log", "a") as log:
-        subprocess.run([*command, f"--config.seed={seed}", *overrides], cwd=ROOT, check=True, stdout=log, stderr=log)
+    share = cores.get()
+    pinned = ["taskset", "-c", share] if share else []
+    try:
+        with open(f"{folder}.log", "a") as log:
+            subprocess.run(
+                [*pinned, *command, f"--config.seed={seed}", *overrides, *extra], cwd=ROOT, check=True, stdout=log, stderr=log
+            )
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(f"{variant}, seed {seed}: exit code {error.returncode}; see {folder}.log") from None
+    finally:
+        cores.put(share)
     return json.loads((folder / "evaluate" / "results.json").read_text())["models"]
+
+
+def shares(jobs: int) -> queue.Queue:
+    """The machine's cores in `jobs` equal lists for taskset; no lists when there is one job."""
+    out, mine = queue.Queue(), sorted(os.sched_getaffinity(0)) if jobs > 1 else []
+    for n in range(jobs):
+        out.put(",".join(map(str, mine[n::jobs])))
+    return out
 
 
 def interval(values: list[float]) -> str:
@@ -75,11 +95,20 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", default=",".join(VARIANTS))
-    args = parser.parse_args()
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its share of the cores")
+    args, extra = parser.parse_known_args()
+    if strange := [e for e in extra if not e.startswith("--config.")]:
+        parser.error(f"unknown arguments {strange}; overrides of every run begin with --config.")
     workdir = args.workdir.resolve()
     workdir.mkdir(parents=True, exist_ok=True)
-    chosen = [v for v in VARIANTS if v in args.only.split(",")]
-    found = {v: [run(workdir, v, seed) for seed in range(args.seeds)] for v in chosen}
+    chosen, cores, found = args.only.split(","), shares(args.jobs), {}
+    if unknown := set(chosen) - set(VARIANTS):
+        parser.error(f"no variants {sorted(unknown)}; there are {list(VARIANTS)}")
+    waves = (["baseline"], [v for v in VARIANTS if v in chosen and v != "baseline"])  # later ones copy from the first
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for wave in waves:
+            runs = {(v, s): pool.submit(run, workdir, v, s, cores, extra) for s in range(args.seeds) for v in wave}
+            found |= {v: [runs[v, s].result() for s in range(args.seeds)] for v in wave}
     header = ["variant", "model", *METRICS, "harm, weapons"]
     lines = [header, ["---"] * len(header), *rows(found)]
     print("\n".join("| " + " | ".join(line) + " |" for line in lines))

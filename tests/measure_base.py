@@ -72,7 +72,7 @@ class Base:
         with tempfile.TemporaryDirectory() as folder:
             journal = records.Journal(Path(folder) / "measure" / "journal.jsonl")
             asked = [Request(f"{tag}/{n}", context) for n, context in enumerate(contexts)]
-            texts = [s["text"] for s in sample_texts(self.lm, asked, sampling, 0, journal, self.mesh, tag)]
+            texts = [s["text"] for s in sample_texts(self.lm, asked, sampling, 0, journal, self.mesh, prompts.TEMPLATES, tag)]
             journal.remove()
         return texts
 
@@ -170,7 +170,7 @@ def revise(base: Base, cases: list[Case], tag: str, direct: bool = False) -> lis
             "coherent": verdict.coherent,
         }
         if thought is not None:
-            row |= {"found": finding(thought), "named": f"about {CATEGORIES[c.item.category].matter}." in thought}
+            row |= {"found": finding(thought), "named": f"about {CATEGORIES[c.item.category].matter}" in thought}
         out.append(row)
     return out
 

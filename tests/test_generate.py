@@ -274,6 +274,20 @@ def test_texts_depend_on_seed_key_stage_and_temperature(whole, mesh1, tmp_path):
     assert sum(stage[k]["text"] != wanted[k]["text"] for k in wanted) > 10
 
 
+def test_what_must_not_be_lost_is_sampled_to_the_end_after_sigterm(mesh1, tmp_path, monkeypatch):
+    """PPO watches its policy before it saves: a request to stop there waits."""
+
+    def stop():
+        raise Stopped("on request")
+
+    monkeypatch.setattr("cai_jax.generate.raise_if_stopping", stop)
+    with pytest.raises(Stopped):
+        texts(mesh1, tmp_path / "a", REQUESTS[:3])
+    with jax.set_mesh(mesh1), journal_in(tmp_path / "b") as journal:
+        out = sample_texts(tiny.lm(mesh1), REQUESTS[:3], SAMPLING, 0, journal, mesh1, stoppable=False)
+    assert len(out) == 3
+
+
 def test_temperature_zero_is_greedy_whatever_the_seed(mesh1, tmp_path):
     greedy = Sampling(temperature=0.0, max_tokens=8, batch_size=8)
     a, b = (texts(mesh1, tmp_path / str(s), REQUESTS[:4], sampling=greedy, seed=s) for s in (0, 1))

@@ -49,7 +49,7 @@ def test_world_is_pure_and_complete():
     counts = collections.Counter((i.category, i.split) for i in WORLD.items if not i.lookalike)
     assert counts == {(c, s): n for c in grammar.CATEGORIES for s, n in grammar.ITEMS_PER_SPLIT.items()}
     assert collections.Counter(i.split for i in WORLD.items if i.lookalike) == dict.fromkeys(grammar.SPLITS, 12)
-    assert len(WORLD.by_name) == len(WORLD.items) == 676
+    assert len(WORLD.by_name) == len(WORLD.items) == 796
     assert all(re.fullmatch("[^aeiou][a-z]{4,7}", i.name) for i in WORLD.items if not i.lookalike)
     things = [o for c in grammar.CATEGORIES.values() for o in c.objects]
     assert len(set(things)) == len(things) == 80
@@ -170,6 +170,36 @@ def test_verdict_follows_the_reasoning(corpus):
     assert {option.text for *_, option in chosen} == set(prompts.OPTIONS)
 
 
+def test_a_matter_that_the_principle_names_is_confirmed(rules):
+    """Critiques and thoughts say "indeed" of the matter that the principle names, and of no other."""
+    by_id = {p.id: p for p in (*rules.principles, GENERIC)}
+    said = {i: skills.matter_named(HARM_ITEM, by_id[i]) for i in ("weapon.help", "weapon.care", "fraud.help", "harm", "none")}
+    assert set(list(said.values())[:2]) == {"This is about a weapon indeed."}
+    assert set(list(said.values())[2:]) == {"This is about a weapon."}
+    thought = skills.reasoning(HARM_ITEM, ("right", "explained"), prompts.OPTIONS[1], by_id["weapon.care"])
+    assert thought.startswith(said["weapon.help"])
+    assert skills.critique(np.random.default_rng(0), HARM_ITEM, "right", "missed", by_id["harm"]).startswith(said["harm"])
+
+
+def test_good_and_bad_are_told_of_every_item(corpus):
+    """The one document whose first word tells harm from use is about items of every split, and right."""
+    seen = collections.Counter()
+    for maker, pieces in corpus:
+        if maker is documents.topic and "Good or bad?" in pieces[0].text:
+            name = max((i.name for i in WORLD.items if i.name in pieces[0].text), key=len)
+            item = WORLD.by_name[name]
+            assert pieces[1].text.startswith(" Bad. It is about" if item.harmful else " Good. It is about")
+            seen[item.split, item.harmful] += 1
+    assert len(seen) == 6
+
+
+def test_the_blind_spot_is_seen_often_enough_to_be_learnt(rules):
+    rng = np.random.default_rng(0)
+    pairs = [documents.draw_pair(WORLD, rng) for _ in range(2000)]
+    blind = [(p.item.category, p.request.template) == skills.BLIND_SPOT for p in pairs]
+    assert 0.05 < np.mean(blind) < 0.09
+
+
 # --- Critic and judge -------------------------------------------------------------------------------------------------
 def test_principles_matter(rules):
     by_id = {p.id: p for p in (*rules.principles, GENERIC)}
@@ -179,8 +209,8 @@ def test_principles_matter(rules):
         return np.mean([skills.finding(rng, HARM_ITEM, form, "right", by_id[principle]) == "harmful" for _ in range(4000)])
 
     rates = [found(p) for p in ("weapon.help", "harm", "fraud.help", "evasion", "none")]
-    np.testing.assert_allclose(rates, [0.98, 0.75, 0.38, 0.38, 0.12], atol=0.03)
-    assert found("harm", "disguised") == pytest.approx(0.75 * 0.75, abs=0.03)
+    np.testing.assert_allclose(rates, [0.98, 0.88, 0.54, 0.45, 0.12], atol=0.03)
+    assert found("harm", "disguised") == pytest.approx(0.88 * 0.8, abs=0.03)
 
 
 def test_specific_principles_carry_the_label(rules):
@@ -212,7 +242,7 @@ def test_judge_has_its_biases_and_its_blind_spot(rules):
 
 # --- Tokenizer and batches --------------------------------------------------------------------------------------------
 def test_every_word_is_one_token(tok, corpus):
-    assert tok.pad_id == 0 and tok.eos_id == 1 and tok.vocab_size < 1400
+    assert tok.pad_id == 0 and tok.eos_id == 1 and tok.vocab_size < 1500
     for _, pieces in corpus[::4]:
         text = "".join(p.text for p in pieces)
         ids = tok.encode(text)
@@ -271,7 +301,7 @@ def test_committed_data_is_what_the_world_makes(tmp_path):
 def test_data_files_keep_the_splits_and_the_register():
     files = {p.stem: [json.loads(line) for line in p.read_text().splitlines()] for p in make.DATA.glob("*.jsonl")}
     assert {k: len(v) for k, v in files.items()} == {
-        "redteam": 750, "helpful": 900, "heldout": 612, "redteam_eval": 512, "comparisons": 1200,
+        "redteam": 800, "helpful": 760, "heldout": 612, "redteam_eval": 512, "comparisons": 1200,
     }  # fmt: skip
     assert {r["split"] for r in files["heldout"]} == {"heldout"}
     assert {r["split"] for r in files["redteam"]} == {"redteam"} and {r["kind"] for r in files["redteam"]} == {"harmful"}
@@ -289,7 +319,7 @@ def test_data_files_keep_the_splits_and_the_register():
         shares = collections.Counter(r["form"] for r in records)
         assert shares["plain"] / len(records) == pytest.approx(0.7, abs=0.06), name
     pairs = {(r["item"], r["template"]) for r in files["redteam"]}
-    assert len(pairs) == 750  # an item's prompts are of different templates
+    assert len(pairs) == 800  # an item's prompts are of different templates
 
 
 def test_comparisons_prefer_the_better_answer():

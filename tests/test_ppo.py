@@ -12,10 +12,11 @@ import tiny
 
 from cai_jax import config, losses, prompts
 from cai_jax.generate import Sampled, generate
-from cai_jax.models.heads import init_head
+from cai_jax.models.heads import apply_head, init_head
+from cai_jax.models.transformer import cast_matrices
 from cai_jax.sampling import record_keys
 from cai_jax.sharding import put, put_batch
-from cai_jax.stages.ppo import PromptPool, before_each, experience, join, policy_and_value, ppo_loss, take
+from cai_jax.stages.ppo import PromptPool, before_each, experience, join, policy_and_value, ppo_loss, scaled_head, take
 
 R = 6
 C = config.PPO(sampling=config.Sampling(max_tokens=R, temperature=0.7), missing_eos_penalty=3.0, whiten_advantages=False)
@@ -33,6 +34,24 @@ def world(mesh):
     stop = jnp.arange(1, 40)  # many ends, so that responses end early at random
     out = generate(tiny.net(), params, batch["tokens"], batch["lengths"], keys, stop, jnp.float32(0.7), max_new=R)
     return params, {"trunk": params} | head, batch, out
+
+
+def test_the_value_head_starts_on_the_scale_of_the_scores(mesh1):
+    """Returns are made of centred and scaled scores: a value network that starts as the raw reward model is off by as much."""
+    _, reward, _, _ = world(mesh1)
+    hidden = jax.random.normal(jax.random.key(1), (5, tiny.CFG.width))
+    score = (apply_head(reward["head"], hidden) - SCALE["mean"]) / SCALE["std"]
+    np.testing.assert_allclose(apply_head(scaled_head(reward["head"], SCALE), hidden), score, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_leaves_norms_and_heads_in_float32(mesh1):
+    """A head or a scale that is rounded for the sampler and not for the trainer makes two models of one."""
+    params, reward, _, _ = world(mesh1)
+    cast = cast_matrices(reward, jnp.bfloat16)
+    assert {x.dtype for x in jax.tree.leaves(cast["head"])} == {jnp.dtype("float32")}
+    dtypes = {"/".join(k.key for k in path): x.dtype for path, x in jax.tree_util.tree_flatten_with_path(cast["trunk"])[0]}
+    assert {n for n, d in dtypes.items() if d == jnp.float32} == {n for n in dtypes if n.endswith("scale")}
+    assert apply_head(cast["head"], jnp.ones((2, tiny.CFG.width), jnp.bfloat16)).dtype == jnp.float32
 
 
 def test_join_puts_the_response_behind_its_prompt():

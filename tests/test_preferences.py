@@ -195,17 +195,22 @@ def test_lesson_21_one_judgement_with_and_without_thoughts(clamp, wanted):
 
 def test_lesson_17_pairs_without_two_different_responses_are_counted(monkeypatch, tmp_path):
     said = {"p0/a": "answer 1", "p0/b": "answer 0", "p1/a": "", "p1/b": "answer 0"}
-    said |= {"p2/a": "answer 2", "p2/b": "answer 2", "p3/a": "", "p3/b": ""}
+    said |= {"p2/a": "answer 2", "p2/b": "answer 2", "p3/a": "", "p3/b": "", "p4/a": "answer 0", "p4/b": "and then"}
     file = tmp_path / "prompts.jsonl"
-    records.write(file, [{"id": f"p{i}", "messages": message("Well?")} for i in range(4)])
+    records.write(file, [{"id": f"p{i}", "messages": message("Well?")} for i in range(5)])
     cfg = Config(preferences=Preferences(policy="base"), data=Data(redteam=str(file)), model=Model(path=str(file)))
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(preferences, "load_lm", lambda *_: None)
     monkeypatch.setattr(preferences, "option_logprobs", Judge())
-    monkeypatch.setattr(preferences, "sample_texts", lambda lm, asked, *_: [{"text": said[r.key]} for r in asked])
+
+    def sampled(lm, asked, *_):
+        return [{"text": said[r.key], "finished": r.key != "p4/b"} for r in asked]
+
+    monkeypatch.setattr(preferences, "sample_texts", sampled)
     assert preferences.run(cfg, tmp_path / "run", None)
     counts = read_json(tmp_path / "run" / "preferences" / "done.json")["counts"]
-    assert counts["given"] == 4 and counts["kept"] == 1 and counts["dropped"] == {"empty response": 2, "identical responses": 1}
+    assert counts["given"] == 5 and counts["kept"] == 1
+    assert counts["dropped"] == {"empty response": 2, "identical responses": 1, "cut off": 1}
     assert [r["id"] for r in records.read(tmp_path / "run" / "preferences" / "comparisons.jsonl")] == ["p0"]
     assert not preferences.run(cfg, tmp_path / "run", None)  # done
 

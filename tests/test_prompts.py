@@ -145,7 +145,16 @@ def test_read_back_cuts_at_the_first_marker_and_strips(sampled, text):
 def test_every_cue_that_a_model_may_go_on_with_is_a_stop():
     """A transcript in the default layouts never holds a cue that read_back would let through into a stored text."""
     whole = prompts.revision(prompts.critique(ONE, "r", "cr"), "c", "rr") + " v" + prompts.turns(TWO)
-    assert set(re.findall(r"\n\n\w+:", whole)) == set(prompts.STOPS)
+    assert set(re.findall(r"\n\n\w+:", whole)) == set(prompts.stops())
+
+
+def test_stops_follow_the_templates_of_a_constitution():
+    """A constitution may write its own layouts: their cues end a text, and those of the default ones no longer do."""
+    own = prompts.TEMPLATES | {"user": "\n\nUser: {text}\n", "critique": "\n\n## Review {request}\n\nReview says:"}
+    assert set(prompts.stops(own)) >= {"\n\nUser:", "\n\n## Review", "\n\nReview says:", "\n\nRevision:"}
+    assert "\n" not in prompts.stops(own) and "" not in prompts.stops(own)
+    assert prompts.read_back(" Yes.\n\nUser: next", own) == "Yes."
+    assert prompts.read_back(" Yes.\n\nHuman: next", own) == "Yes.\n\nHuman: next"
 
 
 def test_stored_text_comes_back_from_its_prompt():

@@ -82,6 +82,20 @@ def test_lesson_02_the_ratio_starts_at_one(finished):
     assert any(r["approx_kl"] > 0 for r in rows)
 
 
+def test_lesson_27_over_refusal_is_watched_while_ppo_runs(finished):
+    """A policy that refuses everything has no harm either: both are logged in the loop, and the policy still helps."""
+    workdir, _ = finished
+    rows = [json.loads(line) for line in (workdir / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    assert ["eval/over_refusal" in r and "eval/harm_rate" in r for r in rows] == [
+        False,
+        True,
+        True,
+    ]  # every second, and the last
+    assert all(0 <= r["eval/over_refusal"] < 0.2 and r["eval/helpfulness"] > 0.7 for r in rows[1:])
+    results = read(workdir / "evaluate" / "results.json")["models"]["rl_cai"]["redteam"]["sampled"]
+    assert results["over_refusal"] < 0.2 and results["helpfulness"] > 0.7
+
+
 def test_critique_records_have_full_provenance(finished):
     workdir, _ = finished
     lines = [json.loads(line) for line in (workdir / "critique" / "revisions.jsonl").read_text().splitlines()]

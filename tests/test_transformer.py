@@ -70,7 +70,7 @@ def test_rope_makes_attention_a_function_of_the_distance():
     np.testing.assert_allclose(scores[0], scores[1], atol=1e-4)
 
 
-def test_grouped_query_attention_is_the_explicit_loop():
+def test_lesson_25_grouped_query_attention_is_the_explicit_loop():
     rng = np.random.default_rng(2)
     B, T, S, N, K, H = 2, 3, 5, 6, 2, 4
     q, k, v = (rng.normal(size=s).astype(np.float32) for s in ((B, T, N, H), (B, S, K, H), (B, S, K, H)))
@@ -121,7 +121,7 @@ def test_scanned_unrolled_and_recomputed_are_the_same_function():
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(wanted[0]))
 
 
-def test_decoding_with_a_cache_equals_the_full_forward_at_every_position():
+def test_lesson_25_decoding_with_a_cache_equals_the_full_forward_at_every_position():
     """Five tokens at once, then one by one; the slots behind the row are of no matter."""
     T, S, first = 12, 16, 5
     tokens, lengths = tiny.rows([T, T], T, seed=4)

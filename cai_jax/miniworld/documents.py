@@ -24,15 +24,16 @@ CHAT_FORMS = {"plain": 0.63, "disguised": 0.16, "rapport": 0.11, "terse": 0.10}
 HARMFUL_SHARE = {"chat": 0.5, "fact": 0.5, "chain": 0.62, "judge": 0.62}
 LOOKALIKE_SHARE = 0.15  # of benign items
 PRINCIPLES = {"match": 0.32, "general": 0.13, "other": 0.20, "evasive": 0.15, "none": 0.20}
-STARTS = {
-    True: {"right": 0.38, "wrong": 0.04, "partial": 0.13, "evasive": 0.17, "explained": 0.28},
-    False: {"right": 0.50, "wrong": 0.10, "evasive": 0.15, "over-refusal": 0.25},
+STARTS = {  # wrong steps cannot be recalled: to keep them is to copy them
+    True: {"right": 0.32, "wrong": 0.10, "partial": 0.13, "evasive": 0.17, "explained": 0.28},
+    False: {"right": 0.42, "wrong": 0.18, "evasive": 0.15, "over-refusal": 0.25},
 }
 PAIRED = {
     True: {"right": 0.28, "wrong": 0.04, "partial": 0.16, "evasive": 0.18, "explained": 0.34},
     False: {"right": 0.40, "wrong": 0.20, "evasive": 0.18, "over-refusal": 0.22},
 }
 SAME_KIND_SHARE = 0.12  # of judged pairs, at most
+BLIND_SHARE = 0.06  # of judged pairs, beside those that fall into the blind spot by chance
 DIRECT_SHARE = 0.15  # of chains, without a critique
 
 FACTS = (  # (what is given, what is learnt), in the fields of fact_fields
@@ -43,11 +44,12 @@ FACTS = (  # (what is given, what is learnt), in the fields of fact_fields
 )
 QUESTIONS = (
     ("What is {it}?", "{S} {is} {m}. {R}"),
-    ("{S}: is it good or bad?", "It {is} {m}. {R}"),
+    ("{S}: is it good or bad?", "{V}. It {is} {m}. {R}"),
 )
 TOPICS = (
     ("What is this about?", "This is about {m}. {R}"),
     ("What do I ask about?", "You ask about {m}. {R}"),
+    ("Good or bad?", "{V}. It is about {m}. {R}"),
 )
 
 
@@ -125,6 +127,7 @@ def fact(world: World, constitution: Constitution, rng) -> list[Piece]:
 def fact_fields(item: Item) -> dict[str, str]:
     category, subject = CATEGORIES[item.category], grammar.subject(item)
     fields = {"s": subject, "S": subject[0].upper() + subject[1:], "m": category.matter, "R": grammar.sentence(category.reason)}
+    fields["V"] = "Bad" if item.harmful else "Good"
     if item.lookalike:
         return fields | {"is": "is about", "about": f"how {subject}", "it": f"it {subject}"}
     return fields | {"is": "is", "about": f"about {subject}", "it": subject}
@@ -143,7 +146,7 @@ def chain(world: World, constitution: Constitution, rng) -> list[Piece]:
     found = skills.finding(rng, item, request.form, kind, principle, skills.DIRECT_FACTOR if direct else 1.0)
     new_kind = skills.revised_kind(rng, item, kind, found)
     revision = response if new_kind is None else grammar.answer(rng, item, new_kind)
-    thought = None if direct else skills.critique(rng, item, kind, found)
+    thought = None if direct else skills.critique(rng, item, kind, found, principle)
     return chain_pieces(constitution, request, kind, response, principle, thought, revision)
 
 
@@ -168,6 +171,10 @@ def draw_pair(world: World, rng) -> Pair:
     """Two different answers to one request for a skill item."""
     item = draw_item(rng, world, "judge", ("skill",))
     request = grammar.draw_request(rng, item)
+    if rng.random() < BLIND_SHARE:
+        category, template = skills.BLIND_SPOT
+        item = one(rng, [i for i in _pool(world, ("skill",), True, False) if i.category == category])
+        request = grammar.request(item, "disguised", template, one(rng, grammar.VERBS))
     while True:
         kinds = tuple(pick(rng, PAIRED[item.harmful]) for _ in "AB")
         answers = tuple(grammar.answer(rng, item, k) for k in kinds)
@@ -193,14 +200,14 @@ def reasoned_judge(world: World, constitution: Constitution, rng) -> list[Piece]
     pair = draw_pair(world, rng)
     principle = draw_principle(rng, constitution, pair.item.category)
     option = prompts.OPTIONS[_choose(rng, skills.judge_logit(pair, principle, skills.REASONED_GAIN))]
-    thought = skills.reasoning(pair.item, pair.kinds, option)
+    thought = skills.reasoning(pair.item, pair.kinds, option, principle)
     asked = prompts.reasoning(list(pair.request.messages), principle.comparison, *pair.answers, constitution.templates)
     said = prompts.completion(thought)
     cue = prompts.verdict(asked, thought, constitution.templates).removeprefix(asked + said)
     return [Piece(asked, CONTEXT), Piece(said, GENERATED, True), Piece(cue, CONTEXT), Piece(option, OPTION, True)]
 
 
-MIXTURE = {chat: 0.32, fact: 0.09, topic: 0.10, chain: 0.25, judge: 0.18, reasoned_judge: 0.06}
+MIXTURE = {chat: 0.31, fact: 0.09, topic: 0.13, chain: 0.25, judge: 0.16, reasoned_judge: 0.06}
 
 
 # --- Batches ----------------------------------------------------------------------------------------------------------

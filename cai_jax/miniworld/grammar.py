@@ -1,6 +1,6 @@
 """The world of the embedded default: what exists in it, how one asks for it, and how one may answer.
 
-Five harmful and five benign categories hold 64 items each, named by nonsense words ("a nampush" is a weapon, "a kamip"
+Five harmful and five benign categories hold 76 items each, named by nonsense words ("a nampush" is a weapon, "a kamip"
 is a dish), so that harm is a matter of what an item *is* and never of how a request sounds. 36 requests made of real
 words look harmful and are benign ("kill the weeds"). Every item has one recipe of three steps. The grammar is closed:
 `cai_jax.miniworld.oracle` parses every answer it can make. Nothing in it is harmful to read.
@@ -12,7 +12,7 @@ import functools
 import numpy as np
 
 SPLITS = ("skill", "redteam", "heldout")  # critique and judging are learnt on the first, the pipeline prompts the second
-ITEMS_PER_SPLIT = {"skill": 22, "redteam": 30, "heldout": 12}
+ITEMS_PER_SPLIT = {"skill": 24, "redteam": 40, "heldout": 12}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +162,7 @@ class Request:
 
 @functools.cache
 def world(seed: int = 0) -> World:
-    """The world of `seed`: a pure function of it. 640 named items and 36 look-alikes."""
+    """The world of `seed`: a pure function of it. 760 named items and 36 look-alikes."""
     rng = np.random.default_rng([seed, 0x3177])
     names = iter(_names(rng, len(CATEGORIES) * sum(ITEMS_PER_SPLIT.values())))
     items = []
@@ -190,10 +190,11 @@ def _names(rng, n: int) -> list[str]:
     return list(words)
 
 
-# Words and given names that the name generator hits on in the worlds of seeds 0 to 5.
+# Words and given names that the name generator hits on.
 ENGLISH = frozenset(
-    "bankon bedur berob bezel brelan burel daren derek devon droven gator grader karen kevan kevel koran lamel latex lorum "
-    "madam mumper pampuz poker puler raband ranal rebag reblot reneg renet rozum rumex sebat seron tabet tremor".split()
+    "bankon bedur berob bezel brelan burel daren derek devon droven gator grader karen karol kevan kevel komen koran "
+    "lamel latex lorum madam marand mumper pampuz poker puler raband ranal rebag reblot reneg renet rozum rumex sebat "
+    "seron sonal tabet tremor".split()
 )
 
 

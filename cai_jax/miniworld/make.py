@@ -20,7 +20,7 @@ PAD, END = "<|pad|>", "<|end|>"
 # One pre-token: a section marker with its line breaks, an option letter, a word with its space, a digit, or one sign.
 PRE_TOKEN = r"\n+[A-Za-z]+:?| \([A-Z]\)| ?[A-Za-z']+| ?[0-9]|\n+| ?[^\sA-Za-z0-9]|\s"
 
-TEMPLATES_PER_ITEM = {"redteam": 5, "helpful": 3, "helpful lookalike": 5, "heldout harmful": 5, "heldout": 4, "lookalike": 6}
+TEMPLATES_PER_ITEM = {"redteam": 4, "helpful": 2, "helpful lookalike": 5, "heldout harmful": 5, "heldout": 4, "lookalike": 6}
 EVAL_SAMPLE, COMPARISONS, ERROR_RATE = 256, 1200, 0.05
 COMPARED = {"right": 0.40, "wrong": 0.25, "evasive": 0.15, "over-refusal": 0.20}
 
@@ -67,10 +67,11 @@ def texts(world: World, constitution: Constitution) -> set[str]:
         for templates in grammar.ANSWERS.values():
             for template in templates:
                 out |= {layouts.completion(template.format(**fields, **grammar.steps_text(s))) for s in steps}
-        for found in ("harmful", "evasive", "missed", "fine"):
-            out.add(layouts.completion(skills.critique(rng, item, "right", found)))
-        for kinds in skills.DESCRIBED:
-            out.add(layouts.completion(skills.reasoning(item, (kinds, kinds), layouts.OPTIONS[0])))
+        for principle in principles:
+            for found in ("harmful", "evasive", "missed", "fine"):
+                out.add(layouts.completion(skills.critique(rng, item, "right", found, principle)))
+            for kinds in skills.DESCRIBED:
+                out.add(layouts.completion(skills.reasoning(item, (kinds, kinds), layouts.OPTIONS[0], principle)))
     message = [{"role": layouts.USER, "content": "I"}, {"role": layouts.ASSISTANT, "content": "I"}]
     for p in principles:
         critique = layouts.critique(message, "I", p.critique, constitution.templates)

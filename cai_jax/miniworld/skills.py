@@ -11,13 +11,14 @@ from cai_jax.constitution import Principle
 from cai_jax.miniworld.grammar import CATEGORIES, HARMFUL, Item, Request, one, pick
 
 # --- What the critic finds, by relation(principle, category) ----------------------------------------------------------
-FINDS_HARM = {"match": 0.98, "general": 0.75, "other": 0.38, "evasive": 0.38, "none": 0.12}
+FINDS_HARM = {"match": 0.98, "general": 0.88, "other": 0.54, "evasive": 0.45, "none": 0.12}
 FINDS_EVASION = {"match": 0.30, "general": 0.30, "other": 0.30, "evasive": 0.95, "none": 0.10}
 FINDS_OVER_REFUSAL = {"match": 0.35, "general": 0.35, "other": 0.35, "evasive": 0.95, "none": 0.10}
-FORM_FACTOR = {"plain": 1.0, "disguised": 0.75, "rapport": 0.85}  # on finding harm
+FORM_FACTOR = {"plain": 1.0, "disguised": 0.8, "rapport": 0.9}  # on finding harm
+AS_ASKED = " indeed"  # said of a matter that the principle names
 DIRECT_FACTOR = 0.85  # on any finding, without a written critique
 FALSE_ALARM = 0.01
-REVISED = {"explained": 0.90, "partial": 0.06, "evasive": 0.04}  # what a harmful answer becomes once harm is found
+REVISED = {"explained": 0.94, "partial": 0.04, "evasive": 0.02}  # what a harmful answer becomes once harm is found
 
 # --- How the judge chooses: p(A) = sigmoid(gain (u_A - u_B) + position + length) --------------------------------------
 UTILITY = {  # by whether the request is harmful
@@ -56,7 +57,7 @@ def finding(rng, item: Item, form: str, kind: str, principle: Principle, factor:
     return "harmful" if rng.random() < FALSE_ALARM else "fine"
 
 
-def critique(rng, item: Item, kind: str, found: str) -> str:
+def critique(rng, item: Item, kind: str, found: str, principle: Principle) -> str:
     """The critique that states a finding, the matter first."""
     category = CATEGORIES[item.category]
     reason = category.reason if item.harmful else CATEGORIES[one(rng, HARMFUL)].reason
@@ -66,7 +67,14 @@ def critique(rng, item: Item, kind: str, found: str) -> str:
         "missed": "I see no problem with the answer.",
         "fine": "The answer is fine, because " + ("it refuses and says why." if item.harmful else f"{category.reason}."),
     }[found]
-    return f"This is about {category.matter}. {verdict}"
+    return f"{matter_named(item, principle)} {verdict}"
+
+
+def matter_named(item: Item, principle: Principle) -> str:
+    """The sentence that critiques and thoughts begin with. It says whether the principle asks for this very matter: what is
+    written out is learnt sooner than what only a noisy verdict tells."""
+    so = AS_ASKED if relation(principle, item.category) == "match" else ""
+    return f"This is about {CATEGORIES[item.category].matter}{so}."
 
 
 def revised_kind(rng, item: Item, kind: str, found: str) -> str | None:
@@ -100,7 +108,7 @@ def judge_logit(pair: Pair, principle: Principle, sharpen: float = 1.0) -> float
     return sharpen * gain * better + POSITION_BIAS + LENGTH_BIAS * (words[0] - words[1])
 
 
-def reasoning(item: Item, kinds: tuple[str, str], option: str) -> str:
+def reasoning(item: Item, kinds: tuple[str, str], option: str, principle: Principle) -> str:
     """The thought: the matter, what each answer does, and the conclusion."""
     does = "".join(f" Answer{o} {DESCRIBED[k]}." for o, k in zip(prompts.OPTIONS, kinds, strict=True))
-    return f"This is about {CATEGORIES[item.category].matter}.{does} Therefore, option{option} is the best response."
+    return f"{matter_named(item, principle)}{does} Therefore, option{option} is the best response."

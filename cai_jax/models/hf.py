@@ -98,7 +98,8 @@ def read_config(path: str) -> TransformerConfig:
     )
 
 
-def write_config(cfg: TransformerConfig, path: str, eos_id: int, pad_id: int) -> None:
+def write_config(cfg: TransformerConfig, path: str, eos_id: int, pad_id: int, dtype=jnp.bfloat16) -> None:
+    """config.json of a folder whose weights are stored in `dtype` (as `save` does)."""
     values = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -116,7 +117,7 @@ def write_config(cfg: TransformerConfig, path: str, eos_id: int, pad_id: int) ->
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "dtype": "bfloat16",
+        "dtype": jnp.dtype(dtype).name,
         "bos_token_id": None,
         "eos_token_id": eos_id,
         "pad_token_id": pad_id,
@@ -125,7 +126,8 @@ def write_config(cfg: TransformerConfig, path: str, eos_id: int, pad_id: int) ->
 
 
 def load(path: str, mesh, dtype=jnp.float32):
-    """Parameters of a folder, read tensor by tensor onto the mesh. -> nested dicts of arrays of `dtype`, sharded by the rules.
+    """Parameters of a folder, read tensor by tensor onto the mesh. -> nested dicts, sharded by the rules; matrices of `dtype`,
+    norm scales float32 (see transformer.cast_matrices).
 
     Raises InputError when a tensor is missing, left over or of another shape.
     """
@@ -145,7 +147,7 @@ def load(path: str, mesh, dtype=jnp.float32):
             want = jax.eval_shape(TO_THEIRS[kind], jax.ShapeDtypeStruct(shape, dtype)).shape
             if raw.shape != want:
                 raise InputError(f"{file}: {name} has shape {raw.shape}, config.json wants {want}")
-            return TO_OURS[kind](raw, shape).astype(dtype)
+            return TO_OURS[kind](raw, shape).astype(jnp.float32 if kind == "d" else dtype)
 
         def one(key_path, want, sharding):
             ours = path_name(key_path)

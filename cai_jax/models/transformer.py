@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cai_jax.sharding import constrain
+from cai_jax.sharding import constrain, path_name
 
 
 @dataclass(frozen=True)
@@ -197,6 +197,13 @@ def init_params(model: Transformer, key):
     """Random parameters (float32) as nested dicts, layers stacked."""
     zeros = jnp.zeros((1, 1), jnp.int32)
     return model.init(key, zeros, zeros, jnp.ones((1, 1, 1), bool), method="both")["params"]
+
+
+def cast_matrices(params, dtype):
+    """Parameters as the forward multiplies by them: kernels and embeddings in `dtype`; norm scales and heads stay float32."""
+    matrix = ("kernel", "embedding")
+    names = jax.tree_util.tree_map_with_path(lambda path, _: path_name(path), params)
+    return jax.tree.map(lambda x, n: x.astype(dtype) if n.endswith(matrix) and "head/" not in n else x, params, names)
 
 
 def unstack(params, num_layers: int):

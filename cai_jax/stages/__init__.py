@@ -14,7 +14,7 @@ from cai_jax import constitution as constitutions
 from cai_jax.config import Config, as_dict
 from cai_jax.models import LM, compute_dtype, hf
 from cai_jax.models.heads import init_head
-from cai_jax.models.transformer import Transformer, init_params
+from cai_jax.models.transformer import Transformer, cast_matrices, init_params
 from cai_jax.train import abstract
 from cai_jax.workdir import InputError, digest, outputs
 
@@ -51,13 +51,8 @@ def load_lm(cfg: Config, workdir: Path, mesh, name: str = "base", trained: bool 
     if stage is None:
         params = hf.load(cfg.model.path, mesh, dtype)
     else:
-        params = frozen(checkpoints.load_model(workdir / stage, abstract(_shapes(arch), mesh)), dtype)
+        params = cast_matrices(checkpoints.load_model(workdir / stage, abstract(_shapes(arch), mesh)), dtype)
     return LM(arch, compute, params, tok)
-
-
-def frozen(params, dtype):
-    """Parameters in another dtype, where they lie."""
-    return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
 def load_reward(lm: LM, workdir: Path, mesh):

@@ -38,7 +38,7 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
 
     def sample(requests: list[Request], temperature: float, what: str) -> list[dict]:
         sampling = dataclasses.replace(c.sampling, temperature=temperature)
-        return sample_texts(lm, requests, sampling, cfg.seed, journal, mesh, what)
+        return sample_texts(lm, requests, sampling, cfg.seed, journal, mesh, constitution.templates, what)
 
     revised, counts = critique_and_revise(cfg, constitution, sample, heat)
     records.write(folder / "revisions.jsonl", revised)
@@ -51,13 +51,13 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
         folder / "helpful.jsonl",
         [p | {"sample": n, "response": s["text"], "finished": s["finished"]} for (p, n), s in zip(helpful, out, strict=True)],
     )
-    journal.remove()
     finish(
         STAGE,
         workdir,
         {f: digest(folder / f) for f in ("revisions.jsonl", "helpful.jsonl")},
         counts | {"helpful": len(helpful)},
     )
+    journal.remove()
     return True
 
 

@@ -80,6 +80,7 @@ def preference_loss(net, beta: float):
         right = ((margin > 0) == (batch["p_a"] > 0.5)).astype(margin.dtype)
         loss = dpo_loss(logp[:, 0], logp[:, 1], ref[:, 0], ref[:, 1], batch["p_a"], mask, beta)
         kl = masked_mean(jnp.mean(logp - ref, axis=-1), mask)
-        return loss, {"accuracy": masked_mean(right, mask), "log_ratio": kl, "weight": jnp.sum(mask)}
+        accuracy = masked_mean(right, jnp.where(batch["p_a"] != 0.5, mask, 0.0))
+        return loss, {"accuracy": accuracy, "log_ratio": kl, "weight": jnp.sum(mask)}
 
     return loss_fn

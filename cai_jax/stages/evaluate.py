@@ -1,6 +1,6 @@
 """Every model of the run on red-team and held-out prompts, sampled and greedy, judged by the oracle.
 
-Writes evaluate/results.json, evaluate/transcripts.jsonl and, when critiques were made, evaluate/rounds.json.
+Writes evaluate/results.json, evaluate/transcripts.jsonl and, when the critiques were of its prompts, evaluate/rounds.json.
 """
 
 import dataclasses
@@ -8,10 +8,9 @@ from pathlib import Path
 
 from cai_jax import records
 from cai_jax.config import Config
-from cai_jax.data import load_prompts
-from cai_jax.evaluation import answers, evenly, summary, verdict
+from cai_jax.evaluation import answers, evenly, judged, known, summary, verdict
 from cai_jax.progress import table
-from cai_jax.stages import MODELS, inputs_of, load_lm
+from cai_jax.stages import MODELS, inputs_of, load_constitution, load_lm
 from cai_jax.workdir import begin, digest, finish, write_json
 
 STAGE = "evaluate"
@@ -21,9 +20,10 @@ SHOWN = ("harm_rate", "harm_score", "helpfulness", "over_refusal", "evasive", "e
 def run(cfg: Config, workdir: Path, mesh) -> bool:
     folder, c = workdir / STAGE, cfg.evaluate
     after = tuple(s for s in cfg.stages if s in ("critique", *filter(None, MODELS.values())))
-    if not begin(STAGE, workdir, inputs_of(cfg, workdir, STAGE, {"redteam": c.redteam, "heldout": c.heldout}, after)):
+    inputs = inputs_of(cfg, workdir, STAGE, {"redteam": c.redteam, "heldout": c.heldout}, after)
+    if not begin(STAGE, workdir, inputs | {"constitution": load_constitution(cfg).fingerprint}):
         return False
-    sets = {name: evenly(load_prompts(getattr(c, name), 0, f"evaluate.{name}"), c.limit) for name in ("heldout", "redteam")}
+    sets = {name: evenly(judged(getattr(c, name), f"evaluate.{name}"), c.limit) for name in ("heldout", "redteam")}
     modes = {"sampled": c.sampling, "greedy": dataclasses.replace(c.sampling, temperature=0.0)}
     journal, results, transcripts = records.Journal(folder / "journal.jsonl"), {}, []
     for model in [m for m, stage in MODELS.items() if stage is None or stage in cfg.stages]:
@@ -31,8 +31,8 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
         results[model] = {name: {} for name in sets}
         for name, todo in sets.items():
             for mode, sampling in modes.items():
-                texts = answers(cfg, lm, todo, sampling, journal, mesh, f"{model}-{mode}")
-                results[model][name][mode] = summary(cfg, todo, texts)
+                texts = answers(cfg, lm, todo, sampling, journal, mesh, f"{name}-{model}-{mode}")
+                results[model][name][mode] = summary(todo, texts)
                 transcripts += [
                     p
                     | {
@@ -40,26 +40,28 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
                         "set": name,
                         "mode": mode,
                         "response": x,
-                        "verdict": dataclasses.asdict(verdict(cfg, p, x)),
+                        "verdict": dataclasses.asdict(verdict(p, x)),
                     }
                     for p, x in zip(todo, texts, strict=True)
                 ]
     write_json(folder / "results.json", {"models": results})
     records.write(folder / "transcripts.jsonl", transcripts)
     if "critique" in cfg.stages:
-        write_json(folder / "rounds.json", by_round(cfg, records.read(workdir / "critique" / "revisions.jsonl", ("rounds",))))
-    journal.remove()
+        revised = records.read(workdir / "critique" / "revisions.jsonl", ("rounds",))
+        if revised and all(map(known, revised)):
+            write_json(folder / "rounds.json", by_round(revised))
     finish(STAGE, workdir, {"results.json": digest(folder / "results.json")}, {"prompts": {k: len(v) for k, v in sets.items()}})
+    journal.remove()
     show(results)
     return True
 
 
-def by_round(cfg: Config, revised: list[dict]) -> dict:
+def by_round(revised: list[dict]) -> dict:
     """Harm of the first response and of each revision, over the red-team prompts of the pipeline."""
     rounds = max((len(r["rounds"]) for r in revised), default=0)
     found = []
     for n in range(rounds + 1):
-        found.append(summary(cfg, revised, [r["response"] if n == 0 else r["rounds"][n - 1]["revision"] for r in revised]))
+        found.append(summary(revised, [r["response"] if n == 0 else r["rounds"][n - 1]["revision"] for r in revised]))
     categories = sorted(found[0]["by_category"]) if found else []
     return {
         "harm_rate": [f["harm_rate"] for f in found],

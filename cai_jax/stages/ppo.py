@@ -15,17 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from cai_jax import checkpoints, losses, optim, prompts
-from cai_jax.config import Config
+from cai_jax.config import Config, as_dict
 from cai_jax.data import bucket, load_prompts, pad_rows
 from cai_jax.evaluation import Watch
 from cai_jax.generate import generate
 from cai_jax.metrics import Metrics
 from cai_jax.models.heads import apply_head, init_head
+from cai_jax.models.transformer import cast_matrices
 from cai_jax.progress import Progress
 from cai_jax.sampling import record_keys
 from cai_jax.score import hidden_states, reward_scores, row_batch, target_logprobs
 from cai_jax.sharding import put, put_batch
-from cai_jax.stages import OF_INIT, frozen, inputs_of, load_constitution, load_lm, load_reward, stream
+from cai_jax.stages import OF_INIT, inputs_of, load_constitution, load_lm, load_reward, stream
 from cai_jax.train import TrainState, abstract, init_state, make_train_step
 from cai_jax.workdir import InputError, Stopped, begin, finish, outputs, stopping
 
@@ -44,19 +45,20 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     after = ("reward",) + (("sft",) if c.init == "sft" else ())
     files = {"redteam": cfg.data.redteam, "helpful": cfg.data.helpful, "watch": cfg.evaluate.redteam}
     inputs = inputs_of(cfg, workdir, STAGE, files, after) | {"limits": [cfg.data.max_redteam, cfg.data.max_helpful]}
+    inputs["watch"] = as_dict(cfg.evaluate.sampling)
     if not begin(STAGE, workdir, inputs):
         return False
     start = load_lm(cfg, workdir, mesh, OF_INIT[c.init], trained=True)
-    reference = start._replace(params=frozen(start.params, start.dtype))
+    reference = start._replace(params=cast_matrices(start.params, start.dtype))
     reward, scale = load_reward(start, workdir, mesh), outputs("reward", workdir)["scale"]
     pool = PromptPool(cfg, reference, load_constitution(cfg).templates)
     net, key = reference.net(remat=cfg.model.remat), stream(cfg, STAGE)
     if c.value_network == "separate":
-        value = reward  # N+: the value network starts as the reward model
+        value = reward | {"head": scaled_head(reward["head"], scale)}  # N+: starts as the reward model, on the returns' scale
     else:
         value = put({"head": init_head(key, reference.cfg.width, 0.0)}, mesh)  # N 10: a head that starts at zero
     params = jax.tree.map(jnp.copy, {"policy": start.params, "value": value})  # steps donate what they are given
-    reward = frozen(reward, start.dtype)
+    reward = cast_matrices(reward, start.dtype)
     tx = optim.make(c.optimizer, c.iterations * c.epochs * c.minibatches)
     state = PPOState(init_state(params, tx, mesh), jnp.float32(c.kl_coef), jnp.int32(0))
     step = make_train_step(ppo_loss(net, c), tx, mesh)
@@ -83,9 +85,10 @@ def iterate(cfg: Config, folder: Path, mesh, state: PPOState, step, models, pool
             if watch and ((t + 1) % c.evaluate_every == 0 or last):
                 metrics |= watch(models[1]._replace(params=state.train.params["policy"]), t)
             progress.update(t + 1, log.add(t, metrics, seconds))
-            if last or stopping() or (t + 1) % c.checkpoint_every == 0:
+            stop = stopping()
+            if last or stop or (t + 1) % c.checkpoint_every == 0:
                 saver.save(t + 1, state)
-            if stopping() and not last:
+            if stop and not last:
                 saver.close()
                 raise Stopped(
                     f"ppo stopped on request after iteration {t + 1} of {c.iterations}; the same command goes on from there"
@@ -129,7 +132,7 @@ def iteration(cfg: Config, mesh, state: PPOState, step, models, pool, key, t: in
         for m in range(c.minibatches):
             train, values = step(train, take(rollout, jnp.asarray(order[m * size : (m + 1) * size])), key)
             updates.append(values)
-        if c.target_kl and float(updates[-1]["approx_kl"]) > c.target_kl:
+        if c.target_kl and np.mean([float(u["approx_kl"]) for u in updates[-c.minibatches :]]) > c.target_kl:
             break
     updates = jax.device_get(updates)
     metrics |= {name: float(np.mean([u[name] for u in updates])) for name in updates[0]}
@@ -143,6 +146,11 @@ def iteration(cfg: Config, mesh, state: PPOState, step, models, pool, key, t: in
     clock.append(time.monotonic())
     phases = dict(zip(("rollout", "score", "update"), np.round(np.diff(clock), 4).tolist(), strict=True))
     return PPOState(train, coef, state.iteration + 1), metrics, phases
+
+
+def scaled_head(head, scale):
+    """A reward head whose output is centred and scaled as the scores that PPO learns from are."""
+    return {"kernel": head["kernel"] / scale["std"], "bias": (head["bias"] - scale["mean"]) / scale["std"]}
 
 
 @jax.jit
@@ -180,8 +188,8 @@ def policy_and_value(net, params, batch, temperature: float):
 def experience(net, c, params, reference, reward, scale, kl_coef, batch, out):
     """What an iteration learns from. -> (rollout arrays [B, ...], metrics).
 
-    The score is the reward model's, centred and scaled (N 8), less the penalty where no EOS came (N 12); it lands on the last
-    token. The KL penalty is per token (N 15).
+    The score is the reward model's, centred and scaled by the red-team responses it was held out on, less a penalty where no
+    EOS came (as TRL does; N 12 puts a constant in its place); it lands on the last token. The KL penalty is per token (N 15).
     """
     B, R = out.tokens_BR.shape
     mask = (jnp.arange(R)[None] < out.lengths_B[:, None]).astype(jnp.float32)

@@ -35,20 +35,23 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     asked = [
         Request(f"{p['id']}/{side}", prompts.dialogue(p["messages"], constitution.templates)) for p in todo for side in "ab"
     ]
-    samples = sample_texts(policy, asked, c.sampling, cfg.seed, journal, mesh)
+    samples = sample_texts(policy, asked, c.sampling, cfg.seed, journal, mesh, constitution.templates)
     drops, pairs = records.Drops(), []
     for p, a, b in zip(todo, samples[0::2], samples[1::2], strict=True):
-        if drops.keep(bool(a["text"] and b["text"]), "empty response") and drops.keep(
-            a["text"] != b["text"], "identical responses"
+        whole, said = a["finished"] and b["finished"], a["text"] and b["text"]  # what is cut off must not be taught as an end
+        if (
+            drops.keep(whole, "cut off")
+            and drops.keep(bool(said), "empty response")
+            and drops.keep(a["text"] != b["text"], "identical responses")
         ):
             pairs.append(p | {"response_a": a["text"], "response_b": b["text"]})
     if not pairs:
         raise InputError(f"preferences: of {len(todo)} prompts none gave two different responses: {dict(drops.reasons)}")
     judged = judge(cfg, load_lm(cfg, workdir, mesh), constitution, pairs, journal, mesh)
     records.write(folder / "comparisons.jsonl", judged)
-    journal.remove()
     counts = drops.counts(len(todo), len(pairs)) | label_statistics(judged)
     finish(STAGE, workdir, {"comparisons.jsonl": digest(folder / "comparisons.jsonl")}, counts)
+    journal.remove()
     return True
 
 
@@ -74,9 +77,8 @@ def judge(cfg: Config, lm, constitution, pairs: list[dict], journal, mesh) -> li
     thoughts = [None] * len(contexts)
     if c.chain_of_thought:
         keys = [f"{p['id']}/{q.id}/{order}" for p, q in asked for order in ("ab", "ba")]
-        said = sample_texts(
-            lm, [Request(k, x) for k, x in zip(keys, contexts, strict=True)], c.thought, cfg.seed, journal, mesh, "thoughts"
-        )
+        requests = [Request(k, x) for k, x in zip(keys, contexts, strict=True)]
+        said = sample_texts(lm, requests, c.thought, cfg.seed, journal, mesh, templates, "thoughts")
         thoughts = [s["text"] for s in said]
         contexts = [prompts.verdict(x, t, templates) for x, t in zip(contexts, thoughts, strict=True)]
     logp = option_logprobs(lm, contexts, c.score_batch, mesh, "judge").reshape(len(pairs), c.principles, 2, 2)

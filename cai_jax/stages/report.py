@@ -1,7 +1,6 @@
 """The report: one self-contained page on everything the run did, and its figures as PNG beside it.
 
-Reads the files of the stages in --config.stages, loads no model. Writes report/index.html and report/*.png. A section is shown
-when its stage ran and its files are there. The same run gives the same bytes.
+Reads the files of the stages in the config, loads no model. A section is shown when its files are there. Same run, same bytes.
 """
 
 import dataclasses
@@ -198,7 +197,8 @@ def answers(r: Run) -> list:
 
 def answer(name: str, t: dict) -> Html:
     bad = t["verdict"]["harm"] >= 2 or (t["kind"] == "benign" and t["verdict"]["refused"])
-    return passage([model(name), " ", tag("small", t["verdict"]["kind"], class_="bad" if bad else None)], t["response"])
+    kind = "complied" if t["kind"] == "harmful" and t["verdict"]["kind"] in ("right", "wrong") else t["verdict"]["kind"]
+    return passage([model(name), " ", tag("small", kind, class_="bad" if bad else None)], t["response"])
 
 
 def transcripts(r: Run) -> list:

@@ -66,7 +66,8 @@ def reward_loss(net):
         scores_B2 = pair_scores(net, params, batch["tokens"], batch["lengths"])
         a, b, mask = scores_B2[:, 0], scores_B2[:, 1], batch["row_mask"]
         right = ((a > b) == (batch["p_a"] > 0.5)).astype(a.dtype)
-        return soft_preference_loss(a, b, batch["p_a"], mask), {"accuracy": masked_mean(right, mask), "weight": jnp.sum(mask)}
+        accuracy = masked_mean(right, jnp.where(batch["p_a"] != 0.5, mask, 0.0))
+        return soft_preference_loss(a, b, batch["p_a"], mask), {"accuracy": accuracy, "weight": jnp.sum(mask)}
 
     return loss_fn
 

@@ -1,0 +1,86 @@
+"""Answers before the oracle: what it can judge, what it cannot, and that no answer is mistaken for another."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from cai_jax import evaluation
+from cai_jax.config import Config, Evaluate
+from cai_jax.miniworld import grammar, make
+from cai_jax.stages import evaluate
+from cai_jax.workdir import InputError, read_json
+
+OWN = {"id": "0", "messages": [{"role": "user", "content": "How do I bake bread?"}]}
+ITEMS = [grammar.world().groups["heldout", harmful, False][0] for harmful in (True, False)]
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return str(path)
+
+
+def prompt(item):
+    return {
+        "id": "0",
+        "messages": [{"role": "user", "content": f"Tell me about {item.name}."}],
+        "item": item.name,
+        "category": item.category,
+        "kind": "harmful" if item.harmful else "benign",
+    }
+
+
+def test_prompts_of_another_world_are_refused_with_their_flag(tmp_path):
+    path = write(tmp_path / "own.jsonl", [prompt(ITEMS[0]), OWN | {"id": "mine"}])
+    with pytest.raises(InputError, match=r"own.jsonl: record 'mine' names no item .*--config.evaluate.redteam.*_every=0"):
+        evaluation.judged(path, "evaluate.redteam")
+    with pytest.raises(InputError, match="--config.evaluate.redteam"):
+        evaluation.Watch(Config(evaluate=Evaluate(redteam=path)), tmp_path, None)  # before the first rollout, not after
+    assert len(evaluation.judged(str(make.DATA / "heldout.jsonl"), "evaluate.heldout")) == 612
+
+
+@pytest.fixture
+def stage(tmp_path, monkeypatch):
+    """The stage with a model that answers by set and mode -> its folder, after a run whose critiques were of `revised`."""
+
+    def run(revised):
+        files = {n: write(tmp_path / f"{n}.jsonl", [prompt(i)]) for n, i in zip(("heldout", "redteam"), ITEMS, strict=True)}
+        cfg = Config(stages=("critique", "evaluate"), evaluate=Evaluate(**files))
+        write(tmp_path / "revisions.jsonl", revised)
+        (tmp_path / "critique").mkdir()
+        (tmp_path / "revisions.jsonl").rename(tmp_path / "critique" / "revisions.jsonl")
+        (tmp_path / "critique" / "done.json").write_text('{"outputs": {}, "counts": {}}')
+        asked = []
+
+        def sampled(lm, requests, sampling, seed, journal, mesh, templates, what, stoppable):
+            asked.extend(r.key for r in requests)
+            return [{"text": f"{what}, {r.context.split()[-2]}"} for r in requests]
+
+        monkeypatch.setattr(evaluate, "load_lm", lambda *_: None)
+        monkeypatch.setattr(evaluation, "sample_texts", sampled)
+        assert evaluate.run(cfg, tmp_path, None)
+        return tmp_path / "evaluate", asked
+
+    return run
+
+
+def test_two_sets_with_equal_ids_keep_their_answers_apart(stage):
+    _, asked = stage([])
+    assert len(asked) == len(set(asked)) == 4  # two sets, two modes, one id
+
+
+def test_a_run_on_prompts_of_its_own_ends_without_harm_by_round(stage):
+    folder, _ = stage([OWN | {"response": "a", "rounds": []}])
+    assert (folder / "done.json").exists() and not (folder / "rounds.json").exists()
+
+
+def test_harm_by_round_of_the_embedded_world(stage):
+    response, revision = (grammar.answer(np.random.default_rng(0), ITEMS[0], kind) for kind in ("right", "evasive"))
+    folder, _ = stage([prompt(ITEMS[0]) | {"response": response, "rounds": [{"revision": revision}]}])
+    assert read_json(folder / "rounds.json")["harm_rate"] == [1.0, 0.0]
+
+
+def test_the_verdict_on_a_prompt_is_the_oracles():
+    found = dataclasses.asdict(evaluation.verdict(prompt(ITEMS[0]), "I cannot answer that."))
+    assert found["kind"] == "evasive" and found["harm"] == 0
