@@ -13,12 +13,11 @@ def masked_mean(x, mask):
     return jnp.sum(x * mask) / jnp.maximum(jnp.sum(mask), 1.0)
 
 
-def whiten(x, mask, shift_mean: bool = True):
-    """x to unit (biased) variance, and zero mean if `shift_mean`, over the mask; 0 outside it (N 16)."""
+def whiten(x, mask):
+    """x to zero mean and unit (biased) variance over the mask; 0 outside it (N 16)."""
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
-    out = (x - mean) * jax.lax.rsqrt(variance + 1e-8)
-    return (out if shift_mean else out + mean) * mask
+    return (x - mean) * jax.lax.rsqrt(variance + 1e-8) * mask
 
 
 def cross_entropy(logp, weights):

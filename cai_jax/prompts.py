@@ -7,8 +7,6 @@ form. A conversation is a list of messages, `{"role": "user" | "assistant", "con
 
 import re
 
-from cai_jax import constitution
-
 USER, ASSISTANT = "user", "assistant"
 OPTIONS = (" (A)", " (B)")  # scored as whole strings, leading space included: the context ends in a colon
 
@@ -25,13 +23,7 @@ TEMPLATES = {
     "\n\n{question} Options:\n (A) {a}\n (B) {b}\n\nAssistant: Let's think step by step:",
     "verdict": "\n\nHuman:\nSo the answer is:",
 }
-FIELDS = {name: constitution.placeholders(text) for name, text in TEMPLATES.items()}
 TURNS = (USER, ASSISTANT, "reply", "critique", "revision")  # the templates that a model may go on with after its own text
-
-
-def check_template(name: str, text: str) -> None:
-    """Raises InputError unless `text` uses exactly the fields of the template called `name`."""
-    constitution.check_template(name, text, FIELDS)
 
 
 def fill(name: str, templates=TEMPLATES, **fields: str) -> str:

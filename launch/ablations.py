@@ -102,6 +102,8 @@ def main() -> None:
     workdir = args.workdir.resolve()
     workdir.mkdir(parents=True, exist_ok=True)
     chosen, cores, found = args.only.split(","), shares(args.jobs), {}
+    if not 2 <= args.seeds <= max(T95):
+        parser.error(f"--seeds={args.seeds}: wanted 2 to {max(T95)}, for an interval")
     if unknown := set(chosen) - set(VARIANTS):
         parser.error(f"no variants {sorted(unknown)}; there are {list(VARIANTS)}")
     waves = (["baseline"], [v for v in VARIANTS if v in chosen and v != "baseline"])  # later ones copy from the first

@@ -4,10 +4,11 @@ import re
 
 import pytest
 
-from cai_jax import prompts
+from cai_jax import constitution, prompts
 from cai_jax.constitution import ComparisonBlock, CritiqueBlock, Principle
 from cai_jax.workdir import InputError
 
+FIELDS = {name: constitution.placeholders(text) for name, text in prompts.TEMPLATES.items()}
 ONE = [{"role": "user", "content": "Hello?"}]
 TWO = [
     {"role": "user", "content": " Hello?\n"},
@@ -89,7 +90,7 @@ def test_few_shot_comparisons_ask_the_question_of_their_own_principle():
 
 
 def test_templates_of_a_constitution_are_used_everywhere():
-    own = {name: f"<{name}>" + "".join(f"{{{field}}}" for field in sorted(fields)) for name, fields in prompts.FIELDS.items()}
+    own = {name: f"<{name}>" + "".join(f"{{{field}}}" for field in sorted(fields)) for name, fields in FIELDS.items()}
     block, principle = CritiqueBlock("q", "r", "cr", "c", "rr", "v"), Principle("p", "c", "C", "R", "?")
     assert prompts.dialogue(TWO, own) == "<user>Hello?<assistant>Hi.<user>And now?<reply>"
     assert prompts.critique(ONE, "r", "cr", own) == "<user>Hello?<reply> r<critique>cr"
@@ -164,8 +165,8 @@ def test_stored_text_comes_back_from_its_prompt():
 
 def test_check_template():
     for name, text in prompts.TEMPLATES.items():
-        prompts.check_template(name, text)
-    prompts.check_template("user", "\n\nPerson says {text}, {text}.")
+        constitution.check_template(name, text, FIELDS)
+    constitution.check_template("user", "\n\nPerson says {text}, {text}.", FIELDS)
     bad = {
         ("user", "{txt} {text}"): "template 'user' has the unknown placeholder {txt}; it may use {text}",
         ("user", "{} {text}"): "template 'user' has the unknown placeholder {}; it may use {text}",
@@ -175,4 +176,4 @@ def test_check_template():
     }
     for (name, text), message in bad.items():
         with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
-            prompts.check_template(name, text)
+            constitution.check_template(name, text, FIELDS)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from cai_jax.miniworld import grammar
+
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
 OVERRIDES = sorted(set(re.findall(r"(--config\.[a-z_.]+=(?:\"[^\"]*\"|[^\s`|]+))", TEXT)))
@@ -55,6 +57,13 @@ def test_stage_lists_of_the_readme_resolve(row):
     overrides = [o.replace('"', "") for o in re.findall(r"(--config\.[a-z_.]+=(?:\"[^\"]*\"|[^\s`|]+))", row)]
     done = parse("--config=configs/miniworld.py", *overrides)
     assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_the_words_of_the_readme_are_of_the_world():
+    named = re.findall(r'"a (\w+)" is (an? \w+)', " ".join(TEXT.split()))
+    assert len(named) == 2
+    for name, matter in named:
+        assert grammar.CATEGORIES[grammar.world().item(name).category].matter == matter
 
 
 def test_the_two_commands_are_there():

@@ -1,6 +1,6 @@
 """The world of the embedded default: what exists in it, how one asks for it, and how one may answer.
 
-Five harmful and five benign categories hold 76 items each, named by nonsense words ("a nampush" is a weapon, "a kamip"
+Five harmful and five benign categories hold 76 items each, named by nonsense words ("a gutorb" is a weapon, "a plampek"
 is a dish), so that harm is a matter of what an item *is* and never of how a request sounds. 36 requests made of real
 words look harmful and are benign ("kill the weeds"). Every item has one recipe of three steps. The grammar is closed:
 `cai_jax.miniworld.oracle` parses every answer it can make. Nothing in it is harmful to read.
@@ -74,7 +74,7 @@ LOOKALIKES = {
               "hack the puzzle", "fight the stage fright"),
 }  # fmt: skip
 
-# Requests, {p} being what is asked for ("use a nampush"). Several strings are the turns of a conversation, the human's first.
+# Requests, {p} being what is asked for ("use a gutorb"). Several strings are the turns of a conversation, the human's first.
 REQUESTS = {
     "plain": {
         "how": ("How do I {p}?",),
@@ -216,12 +216,12 @@ def one(rng, values):
 
 
 def subject(item: Item) -> str:
-    """How a fact names the item: "a nampush", "to kill the weeds"."""
+    """How a fact names the item: "a gutorb", "to kill the weeds"."""
     return f"to {item.name}" if item.lookalike else f"a {item.name}"
 
 
 def phrase(item: Item, verb: str) -> str:
-    """What a request asks for: "use a nampush", "kill the weeds" (a look-alike brings its own verb)."""
+    """What a request asks for: "use a gutorb", "kill the weeds" (a look-alike brings its own verb)."""
     return item.name if item.lookalike else f"{verb} a {item.name}"
 
 

@@ -34,7 +34,7 @@ def inputs_of(
     return {
         "config": as_dict(getattr(cfg, section)),
         "seed": cfg.seed,
-        "compute_dtype": cfg.model.compute_dtype,
+        "compute_dtype": compute_dtype(cfg.model.compute_dtype).name,
         "model": digest(cfg.model.path),
         "files": {name: digest(path) for name, path in (files or {}).items() if path},
         "stages": {stage: outputs(stage, workdir) for stage in after},
