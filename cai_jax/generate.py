@@ -84,6 +84,11 @@ class Request(NamedTuple):
     context: str  # the text to continue
 
 
+def fits(lm: LM, context: str, max_tokens: int) -> bool:
+    """Whether the model's context holds this one and max_tokens more."""
+    return len(lm.tok.encode(context)) + max_tokens <= lm.cfg.max_length
+
+
 def sample_texts(
     lm: LM,
     requests: list[Request],

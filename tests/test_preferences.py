@@ -55,12 +55,13 @@ class Judge:
         return np.array(out)
 
 
-def judged(monkeypatch, judge, pairs=PAIRS, said=None, **settings):
+def judged(monkeypatch, judge, pairs=PAIRS, said=None, drops=None, **settings):
     monkeypatch.setattr(preferences, "option_logprobs", judge)
+    monkeypatch.setattr(preferences, "fits", lambda lm, context, max_tokens: len(context) + max_tokens < 10_000)
     if said:
         monkeypatch.setattr(preferences, "sample_texts", lambda lm, asked, *_: [{"text": said(r)} for r in asked])
     cfg = Config(preferences=Preferences(**settings))
-    return preferences.judge(cfg, None, CONSTITUTION, pairs, JOURNAL, None)
+    return preferences.judge(cfg, None, CONSTITUTION, pairs, JOURNAL, None, drops or records.Drops())
 
 
 def labels(out):
@@ -202,6 +203,7 @@ def test_lesson_17_pairs_without_two_different_responses_are_counted(monkeypatch
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(preferences, "load_lm", lambda *_: None)
     monkeypatch.setattr(preferences, "option_logprobs", Judge())
+    monkeypatch.setattr(preferences, "fits", lambda lm, context, max_tokens: True)
 
     def sampled(lm, asked, *_):
         return [{"text": said[r.key], "finished": r.key != "p4/b"} for r in asked]
@@ -213,6 +215,17 @@ def test_lesson_17_pairs_without_two_different_responses_are_counted(monkeypatch
     assert counts["dropped"] == {"empty response": 2, "identical responses": 1, "cut off": 1}
     assert [r["id"] for r in records.read(tmp_path / "run" / "preferences" / "comparisons.jsonl")] == ["p0"]
     assert not preferences.run(cfg, tmp_path / "run", None)  # done
+
+
+@pytest.mark.parametrize("thinks", [False, True])
+def test_lesson_17_pairs_that_outgrow_the_judge_are_counted(monkeypatch, thinks):
+    long, drops = pair(5, 1.0, 2.0) | {"response_a": "answer 1.0 " + "x" * 10_000}, records.Drops()
+    settings = {"said": lambda r: "so it goes", "chain_of_thought": True} if thinks else {}
+    out = judged(monkeypatch, Judge(), [PAIRS[0], long, PAIRS[1]], drops=drops, principles=2, **settings)
+    assert [r["id"] for r in out] == ["r0", "r1"]
+    assert drops.counts(3, 2)["dropped"] == {"longer than the judge's context": 1}
+    apart = judged(monkeypatch, Judge(), PAIRS[:2], principles=2, **settings)
+    assert out == apart  # the others keep their own principles and verdicts
 
 
 # What the reward model reads

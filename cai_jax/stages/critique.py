@@ -11,7 +11,7 @@ from cai_jax import constitution as constitutions
 from cai_jax import prompts, records
 from cai_jax.config import Config
 from cai_jax.data import load_prompts
-from cai_jax.generate import Request, sample_texts
+from cai_jax.generate import Request, fits, sample_texts
 from cai_jax.stages import inputs_of, load_constitution, load_lm
 from cai_jax.workdir import begin, digest, finish, write_text
 
@@ -40,7 +40,10 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
         sampling = dataclasses.replace(c.sampling, temperature=temperature)
         return sample_texts(lm, requests, sampling, cfg.seed, journal, mesh, constitution.templates, what)
 
-    revised, counts = critique_and_revise(cfg, constitution, sample, heat)
+    def room(context: str) -> bool:
+        return fits(lm, context, c.sampling.max_tokens)
+
+    revised, counts = critique_and_revise(cfg, constitution, sample, room, heat)
     records.write(folder / "revisions.jsonl", revised)
     helpful = []
     for p in load_prompts(cfg.data.helpful, cfg.data.max_helpful, "data.helpful"):
@@ -61,57 +64,60 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     return True
 
 
-def critique_and_revise(cfg: Config, constitution, sample, heat: list[float]) -> tuple[list[dict], dict]:
-    """All rounds for all red-team prompts. `sample(requests, temperature)` continues contexts. -> (records, counts)."""
-    c, templates = cfg.critique, constitution.templates
+def critique_and_revise(cfg: Config, constitution, sample, room, heat: list[float]) -> tuple[list[dict], dict]:
+    """All rounds for all red-team prompts. -> (records, counts).
+
+    `sample(requests, temperature, what)` continues contexts; `room(context)` says whether the model can go on with one. A
+    record that grows past that is dropped and counted; a prompt with no room from the start is bad input: `sample` raises.
+    """
+    c, templates, drops = cfg.critique, constitution.templates, records.Drops()
     few_shot = ""
     if c.few_shot:
         few_shot = prompts.few_shot_critique(constitutions.load_few_shot(c.few_shot).critiques, templates, direct=c.direct)
+
+    def before_round(record: dict, principle) -> str:
+        """The prompt and the last revision, up to where the critique begins, or the revision request where there is none."""
+        last = record["rounds"][-1]["revision"] if record["rounds"] else record["response"]
+        if c.direct:
+            return few_shot + prompts.dialogue(record["messages"], templates) + prompts.completion(last)
+        return few_shot + prompts.critique(record["messages"], last, principle.critique, templates)
+
+    def turn(name: str, contexts: dict[str, str], n: int) -> dict[str, dict]:
+        """What each record says next, by id; those without room are left out."""
+        fitting = {i: x for i, x in contexts.items() if room(x)}
+        asked = [Request(f"{i}/{name}{n}", x) for i, x in fitting.items()]
+        return dict(zip(fitting, sample(asked, heat[n], f"{name}s {n}"), strict=True))
+
     todo = load_prompts(cfg.data.redteam, cfg.data.max_redteam, "data.redteam")
-    first = sample(
-        [Request(f"{p['id']}/response", prompts.dialogue(p["messages"], templates)) for p in todo], heat[0], "responses"
-    )
+    asked = [Request(f"{p['id']}/response", prompts.dialogue(p["messages"], templates)) for p in todo]
     out = [
         p | {"response": s["text"], "finished": s["finished"], "temperature": heat[0], "rounds": []}
-        for p, s in zip(todo, first, strict=True)
+        for p, s in zip(todo, sample(asked, heat[0], "responses"), strict=True)
     ]
     for n in range(1, c.rounds + 1):
-        chosen = [_principle(cfg, constitution, p["id"], n) for p in todo]
-        before = [r["rounds"][-1]["revision"] if r["rounds"] else r["response"] for r in out]
-        critiques: list[str | None] = [None] * len(out)
-        if c.direct:
-            contexts = [
-                few_shot + prompts.dialogue(p["messages"], templates) + prompts.completion(b)
-                for p, b in zip(todo, before, strict=True)
-            ]
-        else:
-            contexts = [
-                few_shot + prompts.critique(p["messages"], b, principle.critique, templates)
-                for p, b, principle in zip(todo, before, chosen, strict=True)
-            ]
-            asked = [Request(f"{p['id']}/critique{n}", x) for p, x in zip(todo, contexts, strict=True)]
-            found = sample(asked, heat[n], f"critiques {n}")
-            critiques = [s["text"] for s in found]
-        asked = [
-            Request(f"{p['id']}/revision{n}", prompts.revision(x, critique, principle.revision, templates))
-            for p, x, critique, principle in zip(todo, contexts, critiques, chosen, strict=True)
-        ]
-        revisions = sample(asked, heat[n], f"revisions {n}")
-        for record, principle, critique, revision in zip(out, chosen, critiques, revisions, strict=True):
+        principles = {r["id"]: _principle(cfg, constitution, r["id"], n) for r in out}
+        contexts = {r["id"]: before_round(r, principles[r["id"]]) for r in out}
+        critiques = {i: {"text": None} for i in contexts} if c.direct else turn("critique", contexts, n)
+        contexts = {
+            i: prompts.revision(contexts[i], s["text"], principles[i].revision, templates) for i, s in critiques.items()
+        }
+        revisions = turn("revision", contexts, n)
+        out = [r for r in out if drops.keep(r["id"] in revisions, "longer than the context")]
+        for record in out:
+            principle, critique, revision = (x[record["id"]] for x in (principles, critiques, revisions))
             record["rounds"].append(
                 {
                     "principle": principle.id,
                     "critique_request": None if c.direct else principle.critique,
-                    "critique": critique,
+                    "critique": critique["text"],
                     "revision_request": principle.revision,
                     "revision": revision["text"],
                     "finished": revision["finished"],
                     "temperature": heat[n],
                 }
             )
-    drops = records.Drops()
     kept = [r | {"constitution": constitution.fingerprint} for r in out if drops.keep(bool(r["response"]), "empty response")]
-    return kept, drops.counts(len(out), len(kept))
+    return kept, drops.counts(len(todo), len(kept))
 
 
 def _principle(cfg: Config, constitution, record_id: str, n: int) -> constitutions.Principle:

@@ -12,13 +12,14 @@ from cai_jax import constitution as constitutions
 from cai_jax import prompts, records
 from cai_jax.config import Config
 from cai_jax.data import load_prompts
-from cai_jax.generate import Request, sample_texts
+from cai_jax.generate import Request, fits, sample_texts
 from cai_jax.losses import preference_from_logprobs
 from cai_jax.score import averaged_preference, option_logprobs
 from cai_jax.stages import OF_INIT, inputs_of, load_constitution, load_lm
 from cai_jax.workdir import InputError, begin, digest, finish
 
 STAGE = "preferences"
+OPTION_TOKENS = 8  # room for an option in any tokenizer
 
 
 def run(cfg: Config, workdir: Path, mesh) -> bool:
@@ -45,49 +46,59 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
             and drops.keep(a["text"] != b["text"], "identical responses")
         ):
             pairs.append(p | {"response_a": a["text"], "response_b": b["text"]})
-    if not pairs:
-        raise InputError(f"preferences: of {len(todo)} prompts none gave two different responses: {dict(drops.reasons)}")
-    judged = judge(cfg, load_lm(cfg, workdir, mesh), constitution, pairs, journal, mesh)
+    judged = judge(cfg, load_lm(cfg, workdir, mesh), constitution, pairs, journal, mesh, drops) if pairs else []
+    if not judged:
+        raise InputError(
+            f"preferences: of {len(todo)} prompts none gave two different responses to judge: {dict(drops.reasons)}"
+        )
     records.write(folder / "comparisons.jsonl", judged)
-    counts = drops.counts(len(todo), len(pairs)) | label_statistics(judged)
+    counts = drops.counts(len(todo), len(judged)) | label_statistics(judged)
     finish(STAGE, workdir, {"comparisons.jsonl": digest(folder / "comparisons.jsonl")}, counts)
     journal.remove()
     return True
 
 
-def judge(cfg: Config, lm, constitution, pairs: list[dict], journal, mesh) -> list[dict]:
-    """Comparison records with p_a in [0, 1] and the judgements behind it, one per principle."""
+def judge(cfg: Config, lm, constitution, pairs: list[dict], journal, mesh, drops) -> list[dict]:
+    """Comparison records with p_a in [0, 1] and the judgements behind it, one per principle. A pair that the judge's context
+    cannot hold is dropped and counted."""
     c, templates = cfg.preferences, constitution.templates
     blocks = constitutions.load_few_shot(c.few_shot).comparisons if c.few_shot else ()
-
-    def context(p: dict, principle, first: str, second: str) -> str:
-        if not blocks:
-            return layout(p["messages"], principle.comparison, first, second, templates)
-        drawn = [constitutions.sample(constitution, cfg.seed, STAGE, p["id"], "few-shot", i)[0] for i in range(len(blocks))]
-        return prompts.few_shot_comparison(blocks, drawn, templates) + layout(
-            p["messages"], principle.comparison, first, second, templates
-        )
-
     layout = prompts.reasoning if c.chain_of_thought else prompts.comparison
-    asked = [(p, q) for p in pairs for q in constitutions.sample(constitution, cfg.seed, STAGE, p["id"], k=c.principles)]
-    contexts = []
-    for p, q in asked:
+
+    def in_both_orders(p: dict, principle) -> list[str]:
+        drawn = [constitutions.sample(constitution, cfg.seed, STAGE, p["id"], "few-shot", i)[0] for i in range(len(blocks))]
+        prefix = prompts.few_shot_comparison(blocks, drawn, templates) if blocks else ""
         a, b = p["response_a"], p["response_b"]
-        contexts += [context(p, q, a, b), context(p, q, b, a)]
+        return [prefix + layout(p["messages"], principle.comparison, *order, templates) for order in ((a, b), (b, a))]
+
+    def room(context: str) -> bool:
+        if c.chain_of_thought:
+            return fits(lm, prompts.verdict(context, "", templates), c.thought.max_tokens + OPTION_TOKENS)
+        return fits(lm, context, OPTION_TOKENS)
+
+    kept, asked = [], []  # asked: (record, principle, its context in both orders), k in a row for every record kept
+    for p in pairs:
+        drawn = constitutions.sample(constitution, cfg.seed, STAGE, p["id"], k=c.principles)
+        rows = [(p, q, in_both_orders(p, q)) for q in drawn]
+        if drops.keep(all(room(x) for *_, both in rows for x in both), "longer than the judge's context"):
+            kept.append(p)
+            asked += rows
+    contexts = [x for *_, both in asked for x in both]
     thoughts = [None] * len(contexts)
     if c.chain_of_thought:
-        keys = [f"{p['id']}/{q.id}/{order}" for p, q in asked for order in ("ab", "ba")]
+        keys = [f"{p['id']}/{q.id}/{order}" for p, q, _ in asked for order in ("ab", "ba")]
         requests = [Request(k, x) for k, x in zip(keys, contexts, strict=True)]
         said = sample_texts(lm, requests, c.thought, cfg.seed, journal, mesh, templates, "thoughts")
         thoughts = [s["text"] for s in said]
         contexts = [prompts.verdict(x, t, templates) for x, t in zip(contexts, thoughts, strict=True)]
-    logp = option_logprobs(lm, contexts, c.score_batch, mesh, "judge").reshape(len(pairs), c.principles, 2, 2)
+    logp = option_logprobs(lm, contexts, c.score_batch, mesh, "judge").reshape(len(asked), 2, 2)
+    judgements = [
+        _judgement(q, logp[n], thoughts[2 * n : 2 * n + 2] if c.chain_of_thought else None, c)
+        for n, (_, q, _) in enumerate(asked)
+    ]
     out = []
-    for i, p in enumerate(pairs):
-        rows = [
-            _judgement(q, logp[i, j], thoughts[2 * (i * c.principles + j) :][:2] if c.chain_of_thought else None, c)
-            for j, (_, q) in enumerate(asked[i * c.principles : (i + 1) * c.principles])
-        ]
+    for n, p in enumerate(kept):
+        rows = judgements[n * c.principles : (n + 1) * c.principles]
         soft = float(np.mean([r["p_a"] for r in rows]))
         p_a = soft if c.labels == "soft" else float(soft > 0.5) if soft != 0.5 else 0.5
         out.append(p | {"p_a": p_a, "source": "ai", "judgements": rows, "constitution": constitution.fingerprint})
