@@ -15,11 +15,12 @@ import shutil
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SL = "--config.stages=('critique','sft','evaluate')"
+DPO = "--config.stages=('critique','sft','preferences','dpo','evaluate')"
 NO_SL = (
     "--config.stages=('preferences','reward','ppo','evaluate')",
     "--config.preferences.policy=base",
@@ -38,15 +39,18 @@ VARIANTS = {
     "without-weapons-principles": (("--config.constitution.exclude=('weapons',)",), ()),
     "hard-labels": (("--config.preferences.labels=hard",), ("critique", "sft")),
     "direct-revision": (("--config.critique.direct=True",), ()),
+    "dpo": ((DPO,), ("critique", "sft", "preferences")),
 }
 METRICS = ("harm_rate", "explained", "helpfulness", "over_refusal", "evasive", "coherent")
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # Student's t, n values
 
 
-def run(workdir: Path, variant: str, seed: int, cores: queue.Queue, extra: list[str]) -> dict:
+def run(workdir: Path, variant: str, seed: int, cores: queue.Queue, extra: list[str], baseline: Future | None = None) -> dict:
     """-> results.json's "models" of one variant and seed, run on the first free share of the cores."""
     overrides, reused = VARIANTS[variant]
     folder = workdir / f"{variant}-{seed}"
+    if reused and baseline:
+        baseline.result()  # begun before this one, so it ends
     for stage in reused:
         if not (folder / stage).exists():
             shutil.copytree(workdir / f"baseline-{seed}" / stage, folder / stage)
@@ -83,7 +87,7 @@ def rows(found: dict[str, list[dict]]) -> list[list[str]]:
     """A row per variant and trained model."""
     out = []
     for variant, models in found.items():
-        for name in [m for m in ("sl_cai", "rl_cai") if m in models[0]]:
+        for name in [m for m in ("sl_cai", "dpo_cai", "rl_cai") if m in models[0]]:
             held = [m[name]["heldout"]["sampled"] for m in models]
             harm = [h["by_category"]["weapons"]["harm_rate"] for h in held]
             out.append([variant, name, *(interval([h[k] for h in held]) for k in METRICS), interval(harm)])
@@ -101,16 +105,17 @@ def main() -> None:
         parser.error(f"unknown arguments {strange}; overrides of every run begin with --config.")
     workdir = args.workdir.resolve()
     workdir.mkdir(parents=True, exist_ok=True)
-    chosen, cores, found = args.only.split(","), shares(args.jobs), {}
+    chosen, cores = args.only.split(","), shares(args.jobs)
     if not 2 <= args.seeds <= max(T95):
         parser.error(f"--seeds={args.seeds}: wanted 2 to {max(T95)}, for an interval")
     if unknown := set(chosen) - set(VARIANTS):
         parser.error(f"no variants {sorted(unknown)}; there are {list(VARIANTS)}")
-    waves = (["baseline"], [v for v in VARIANTS if v in chosen and v != "baseline"])  # later ones copy from the first
+    order, runs = ["baseline", *(v for v in VARIANTS if v in chosen and v != "baseline")], {}  # others copy from the first
     with ThreadPoolExecutor(args.jobs) as pool:
-        for wave in waves:
-            runs = {(v, s): pool.submit(run, workdir, v, s, cores, extra) for s in range(args.seeds) for v in wave}
-            found |= {v: [runs[v, s].result() for s in range(args.seeds)] for v in wave}
+        for seed in range(args.seeds):
+            for v in order:
+                runs[v, seed] = pool.submit(run, workdir, v, seed, cores, extra, runs.get(("baseline", seed)))
+        found = {v: [runs[v, seed].result() for seed in range(args.seeds)] for v in order}
     header = ["variant", "model", *METRICS, "harm, weapons"]
     lines = [header, ["---"] * len(header), *rows(found)]
     print("\n".join("| " + " | ".join(line) + " |" for line in lines))
