@@ -8,6 +8,7 @@ from cai_jax import constitution as constitutions
 from cai_jax import prompts, records
 from cai_jax.config import Config, Critique, Data
 from cai_jax.stages import critique
+from cai_jax.workdir import InputError
 
 ROOT = Path(__file__).parent.parent
 CONSTITUTION = constitutions.load(ROOT / "constitutions" / "miniworld.toml", templates=prompts.TEMPLATES)
@@ -94,3 +95,8 @@ def test_lesson_17_records_that_outgrow_the_model_or_say_nothing_are_counted(tmp
     assert "p2/critique2" not in asked and "p5/critique2" in asked and "p5/revision2" not in asked
     plain, _, _ = revised(tmp_path)
     assert out == [r for r in plain if r["id"] in {q["id"] for q in out}]  # what is left is as it would have been
+
+
+def test_when_every_record_outgrows_the_model_the_run_stops(tmp_path):
+    with pytest.raises(InputError, match=r"of 12 prompts none is left: \{'longer than the context': 12\}.*critique.few_shot"):
+        revised(tmp_path, room=lambda context: "CritiqueRequest" not in context)

@@ -13,7 +13,7 @@ from cai_jax.config import Config
 from cai_jax.data import load_prompts
 from cai_jax.generate import Request, fits, sample_texts
 from cai_jax.stages import inputs_of, load_constitution, load_lm
-from cai_jax.workdir import begin, digest, finish, write_text
+from cai_jax.workdir import InputError, begin, digest, finish, write_text
 
 STAGE = "critique"
 
@@ -117,6 +117,11 @@ def critique_and_revise(cfg: Config, constitution, sample, room, heat: list[floa
                 }
             )
     kept = [r | {"constitution": constitution.fingerprint} for r in out if drops.keep(bool(r["response"]), "empty response")]
+    if not kept:
+        raise InputError(
+            f"critique: of {len(todo)} prompts none is left: {dict(drops.reasons)}; a context must hold the worked examples "
+            "(--config.critique.few_shot), prompt, last revision, principle and --config.critique.sampling.max_tokens"
+        )
     return kept, drops.counts(len(todo), len(kept))
 
 

@@ -20,8 +20,9 @@ from cai_jax.data import bucket, load_prompts, pad_rows
 from cai_jax.evaluation import Watch
 from cai_jax.generate import generate
 from cai_jax.metrics import Metrics
+from cai_jax.models import LM
 from cai_jax.models.heads import apply_head, init_head
-from cai_jax.models.transformer import cast_matrices
+from cai_jax.models.transformer import Transformer, cast_matrices
 from cai_jax.progress import Progress
 from cai_jax.sampling import record_keys
 from cai_jax.score import hidden_states, reward_scores, row_batch, target_logprobs
@@ -31,6 +32,15 @@ from cai_jax.train import TrainState, abstract, init_state, make_train_step
 from cai_jax.workdir import InputError, Stopped, begin, finish, outputs, stopping
 
 STAGE = "ppo"
+
+
+class Frozen(NamedTuple):
+    """What every iteration reads and none changes."""
+
+    net: Transformer
+    reference: LM  # where the policy starts
+    reward: dict  # params {"trunk", "head"}
+    scale: dict  # mean and std of its scores
 
 
 class PPOState(NamedTuple):
@@ -63,14 +73,14 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     state = PPOState(init_state(params, tx, mesh), jnp.float32(c.kl_coef), jnp.int32(0))
     step = make_train_step(ppo_loss(net, c), tx, mesh)
     watch = Watch(cfg, folder, mesh) if c.evaluate_every else None
-    state = iterate(cfg, folder, mesh, state, step, (net, reference, reward, scale), pool, watch, key)
+    state = iterate(cfg, folder, mesh, state, step, Frozen(net, reference, reward, scale), pool, watch, key)
     checkpoints.save_model(folder, state.train.params["policy"])
     counts = {"iterations": c.iterations, "rollouts": c.iterations * c.batch_size, "updates": int(state.train.step)}
     finish(STAGE, workdir, {"model": checkpoints.fingerprint(state.train.params["policy"])}, counts)
     return True
 
 
-def iterate(cfg: Config, folder: Path, mesh, state: PPOState, step, models, pool, watch, key) -> PPOState:
+def iterate(cfg: Config, folder: Path, mesh, state: PPOState, step, frozen: Frozen, pool, watch, key) -> PPOState:
     """All iterations that are left, with checkpoints."""
     c = cfg.ppo
     saver = checkpoints.Saver(folder / "checkpoints")
@@ -80,10 +90,10 @@ def iterate(cfg: Config, folder: Path, mesh, state: PPOState, step, models, pool
     log = Metrics(folder, start)
     with Progress(STAGE, c.iterations, start, "iteration") as progress:
         for t in range(start, c.iterations):
-            state, metrics, seconds = iteration(cfg, mesh, state, step, models, pool, jax.random.fold_in(key, t), t)
+            state, metrics, seconds = iteration(cfg, mesh, state, step, frozen, pool, jax.random.fold_in(key, t), t)
             last = t + 1 == c.iterations
             if watch and ((t + 1) % c.evaluate_every == 0 or last):
-                metrics |= watch(models[1]._replace(params=state.train.params["policy"]), t)
+                metrics |= watch(frozen.reference._replace(params=state.train.params["policy"]), t)
             progress.update(t + 1, log.add(t, metrics, seconds))
             stop = stopping()
             if last or stop or (t + 1) % c.checkpoint_every == 0:
@@ -97,10 +107,10 @@ def iterate(cfg: Config, folder: Path, mesh, state: PPOState, step, models, pool
     return state
 
 
-def iteration(cfg: Config, mesh, state: PPOState, step, models, pool, key, t: int) -> tuple[PPOState, dict, dict]:
+def iteration(cfg: Config, mesh, state: PPOState, step, frozen: Frozen, pool, key, t: int) -> tuple[PPOState, dict, dict]:
     """Rollout, scoring, advantages, epochs. -> (state, metrics, seconds by phase)."""
     c = cfg.ppo
-    net, reference, reward, scale = models
+    net, reference, reward, scale = frozen
     clock = [time.monotonic()]
     batch = put_batch(pool.batch_at(t), mesh)
     addresses = put_batch({"a": np.stack([np.arange(c.batch_size), np.full(c.batch_size, t)], 1).astype(np.uint32)}, mesh)["a"]
