@@ -45,8 +45,11 @@ def generate(
     slot_11S = jnp.arange(S)[None, None]
     prompt_B1S = slot_11S < lengths_B[:, None, None]
 
+    at_1S = jnp.arange(S)[None]
+    slots_BS = jnp.where(at_1S < P, at_1S, lengths_B[:, None] + at_1S - P)  # the position of what stands in each slot
+
     def run(tokens_BT, positions_BT, mask_BTS, cache, index):
-        return net.apply({"params": params}, tokens_BT, positions_BT, mask_BTS, cache, index)
+        return net.apply({"params": params}, tokens_BT, positions_BT, mask_BTS, cache, index, slots_BS)
 
     def logits_of(x_BD):
         return net.apply({"params": params}, x_BD[:, None], method="logits")[:, 0]

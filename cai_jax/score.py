@@ -12,8 +12,9 @@ import numpy as np
 from cai_jax.data import bucket, pad_rows
 from cai_jax.losses import preference_from_logprobs
 from cai_jax.models import LM
+from cai_jax.models.attention import causal_mask
 from cai_jax.models.heads import apply_head
-from cai_jax.models.transformer import Transformer, causal_mask
+from cai_jax.models.transformer import Transformer
 from cai_jax.progress import Progress
 from cai_jax.prompts import OPTIONS
 from cai_jax.sampling import shape_logits

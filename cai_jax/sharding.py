@@ -20,11 +20,14 @@ BATCH = ("data", "fsdp")
 PARAM_RULES = (
     (r"embed/embedding$", P("model", "fsdp")),  # V D
     (r"layers/attention/(q|k|v)/kernel$", P(None, "fsdp", "model", None)),  # L D N H
+    (r"layers/attention/(q|k|v)/bias$", P(None, "model", None)),  # L N H
     (r"layers/attention/o/kernel$", P(None, "model", None, "fsdp")),  # L N H D
     (r"layers/mlp/(gate|up)/kernel$", P(None, "fsdp", "model")),  # L D F
     (r"layers/mlp/down/kernel$", P(None, "model", "fsdp")),  # L F D
-    (r"layers/\w+_norm/scale$", P(None, None)),  # L D
-    (r"final_norm/scale$", P(None)),  # D
+    (r"layers/mlp/(gate|up)/bias$", P(None, "model")),  # L F
+    (r"layers/(attention/o|mlp/down)/bias$", P(None, None)),  # L D
+    (r"layers/(attention/)?\w+_norm/(scale|bias)$", P(None, None)),  # L D
+    (r"final_norm/(scale|bias)$", P(None)),  # D
     (r"unembed/kernel$", P("fsdp", "model")),  # D V
     (r"head/kernel$", P(None, None)),  # D 1
     (r"head/bias$", P(None)),  # 1

@@ -10,7 +10,8 @@ import tiny
 from jax.sharding import PartitionSpec as P
 
 from cai_jax.data import pack
-from cai_jax.models.transformer import attend, causal_mask, init_cache, init_params, rotate, unstack
+from cai_jax.models.attention import Rope, attend, causal_mask, rope_turns, rotate
+from cai_jax.models.transformer import init_cache, init_params, unstack
 from cai_jax.records import Drops
 from cai_jax.score import hidden_states, row_batch
 from cai_jax.sharding import put_batch
@@ -58,13 +59,13 @@ def test_rope_is_a_turn_of_complex_numbers(theta):
             for j in range(4):  # the pair (j, j + H / 2) is one complex number
                 z = (x[b, t, :, j] + 1j * x[b, t, :, j + 4]) * np.exp(1j * positions[b, t] * theta ** (-2 * j / 8))
                 turned[b, t, :, j], turned[b, t, :, j + 4] = z.real, z.imag
-    np.testing.assert_allclose(rotate(x, positions, theta), turned, atol=5e-5)
+    np.testing.assert_allclose(rotate(x, rope_turns(Rope(theta), 8, positions)), turned, atol=5e-5)
 
 
 def test_rope_makes_attention_a_function_of_the_distance():
     q, k = np.random.default_rng(1).normal(size=(2, 1, 6, 1, 8)).astype(np.float32)
     scores = [
-        np.asarray(jnp.einsum("btnh,bsnh->ts", rotate(q, at, 10_000.0), rotate(k, at, 10_000.0)))
+        np.asarray(jnp.einsum("btnh,bsnh->ts", *(rotate(x, rope_turns(Rope(), 8, at)) for x in (q, k))))
         for at in (np.arange(6)[None], np.arange(6)[None] + 70)
     ]
     np.testing.assert_allclose(scores[0], scores[1], atol=1e-4)

@@ -1,122 +1,58 @@
-"""Hugging Face folders <-> parameter trees: config.json, model.safetensors, tokenizer files.
+"""Hugging Face folders <-> parameter trees, tensor by tensor and shard by shard.
 
-Every tensor of the file is accounted for and every field of config.json that would change the computation is either
-implemented or refused by name.
+Every tensor of a folder is accounted for, every shape is checked, and no more than one device's share of one parameter is
+held beside the parameters themselves. `families` says which fields and which names.
 """
 
+import dataclasses
+import math
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from cai_jax.models import families
 from cai_jax.models.transformer import Transformer, TransformerConfig, init_params
 from cai_jax.sharding import path_name, shardings
 from cai_jax.workdir import InputError, read_json, write_json
 
-# Our path -> (their name, axes of their array regrouped as ours). Kernels are stored [out, in] there, [in, out] here; heads
-# are split off the out axis. "{i}" is the layer.
-TENSORS = {
-    "embed/embedding": ("model.embed_tokens.weight", "vd"),
-    "final_norm/scale": ("model.norm.weight", "d"),
-    "unembed/kernel": ("lm_head.weight", "matrix"),
-    "layers/attention_norm/scale": ("model.layers.{i}.input_layernorm.weight", "d"),
-    "layers/mlp_norm/scale": ("model.layers.{i}.post_attention_layernorm.weight", "d"),
-    "layers/attention/q/kernel": ("model.layers.{i}.self_attn.q_proj.weight", "heads_out"),
-    "layers/attention/k/kernel": ("model.layers.{i}.self_attn.k_proj.weight", "heads_out"),
-    "layers/attention/v/kernel": ("model.layers.{i}.self_attn.v_proj.weight", "heads_out"),
-    "layers/attention/o/kernel": ("model.layers.{i}.self_attn.o_proj.weight", "heads_in"),
-    "layers/mlp/gate/kernel": ("model.layers.{i}.mlp.gate_proj.weight", "matrix"),
-    "layers/mlp/up/kernel": ("model.layers.{i}.mlp.up_proj.weight", "matrix"),
-    "layers/mlp/down/kernel": ("model.layers.{i}.mlp.down_proj.weight", "matrix"),
+# Kind -> (our axes, their axes, the third of a fused tensor). Kernels are [in, out] here and [out, in] there, and what is one
+# axis there, in brackets of a space, may be several here. "v" is padded here, "3" is only there.
+KINDS = {
+    "vector": ("d", "d", None),
+    "matrix": ("io", "o i", None),
+    "vocabulary": ("vd", "v d", None),
+    "vocabulary_out": ("dv", "v d", None),
+    "heads": ("nh", "nh", None),
+    "heads_out": ("dnh", "nh d", None),
+    "heads_in": ("nhd", "d nh", None),
+    **{f"fused_{name}": ("dnh", "n3h d", part) for part, name in enumerate("qkv")},
+    **{f"fused_{name}_bias": ("nh", "n3h", part) for part, name in enumerate("qkv")},
 }
-TO_OURS = {
-    "vd": lambda w, shape: w,
-    "d": lambda w, shape: w,
-    "matrix": lambda w, shape: w.T,
-    "heads_out": lambda w, shape: w.T.reshape(shape),  # [N H, D] -> [D, N, H]
-    "heads_in": lambda w, shape: w.T.reshape(shape),  # [D, N H] -> [N, H, D]
-}
-TO_THEIRS = {
-    "vd": lambda w: w,
-    "d": lambda w: w,
-    "matrix": lambda w: w.T,
-    "heads_out": lambda w: w.reshape(w.shape[0], -1).T,
-    "heads_in": lambda w: w.reshape(-1, w.shape[-1]).T,
-}
-
-# config.json fields that change the computation and the only values the decoder implements.
-IMPLEMENTED = {
-    "model_type": ("llama",),
-    "hidden_act": ("silu",),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "rope_scaling": (None,),
-    "pretraining_tp": (1, None),
-    "attention_dropout": (0, 0.0, None),
-}
-REQUIRED = (
-    "vocab_size",
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "max_position_embeddings",
-    "rms_norm_eps",
-)
+MATRICES = ("kernel", "embedding")  # the leaves that take the dtype asked for; norms and biases stay float32
+SHARD_BYTES = 2 * 1024**3  # of a file that `save` writes
 
 
 def read_config(path: str) -> TransformerConfig:
-    """The config.json of a folder. Raises InputError on a missing file or on a field the decoder does not implement."""
-    file = Path(path) / "config.json"
-    if not file.is_file():
-        raise InputError(f"no model at {path}: wanted a folder with config.json and model.safetensors (--config.model.path)")
-    c = read_json(file)
-    for name, allowed in IMPLEMENTED.items():
-        if c.get(name) not in allowed and name in c:
-            raise InputError(f"{file}: {name}={c[name]!r} is not implemented; implemented: {allowed}")
-    rope = c.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise InputError(f"{file}: rope_type={rope['rope_type']!r} is not implemented; implemented: 'default'")
-    if missing := [name for name in REQUIRED if name not in c]:
-        raise InputError(f"{file}: the field {missing[0]} is missing")
-    heads = c["num_attention_heads"]
-    return TransformerConfig(
-        vocab_size=c["vocab_size"],
-        num_layers=c["num_hidden_layers"],
-        width=c["hidden_size"],
-        mlp_width=c["intermediate_size"],
-        num_heads=heads,
-        num_kv_heads=c.get("num_key_value_heads", heads),
-        head_dim=c.get("head_dim") or c["hidden_size"] // heads,
-        max_length=c["max_position_embeddings"],
-        rope_theta=float(rope.get("rope_theta", c.get("rope_theta", 10_000.0))),
-        norm_eps=c["rms_norm_eps"],
-        tied_embeddings=c.get("tie_word_embeddings", False),
-    )
+    """The config.json of a folder. Raises InputError on a missing file or on what the decoder does not implement."""
+    return families.read_config(path)[0]
 
 
 def write_config(cfg: TransformerConfig, path: str, eos_id: int, pad_id: int, dtype=jnp.bfloat16) -> None:
-    """config.json of a folder whose weights are stored in `dtype` (as `save` does)."""
-    values = {
+    """config.json of a model made here, a Llama, whose weights are stored in `dtype` (as `save` does)."""
+    values = {theirs: getattr(cfg, ours) for theirs, ours in families.FIELDS.items()}
+    values = {k: v for k, v in values.items() if k not in ("layer_norm_eps", "use_parallel_residual")}
+    values |= {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": cfg.vocab_size,
-        "num_hidden_layers": cfg.num_layers,
-        "hidden_size": cfg.width,
-        "intermediate_size": cfg.mlp_width,
-        "num_attention_heads": cfg.num_heads,
         "num_key_value_heads": cfg.num_kv_heads,
         "head_dim": cfg.head_dim,
-        "max_position_embeddings": cfg.max_length,
-        "rope_theta": cfg.rope_theta,
-        "rms_norm_eps": cfg.norm_eps,
-        "tie_word_embeddings": cfg.tied_embeddings,
+        "rope_theta": cfg.rope.theta,
         "hidden_act": "silu",
         "attention_bias": False,
-        "mlp_bias": False,
         "dtype": jnp.dtype(dtype).name,
         "bos_token_id": None,
         "eos_token_id": eos_id,
@@ -125,61 +61,183 @@ def write_config(cfg: TransformerConfig, path: str, eos_id: int, pad_id: int, dt
     write_json(Path(path) / "config.json", values)
 
 
-def load(path: str, mesh, dtype=jnp.float32):
-    """Parameters of a folder, read tensor by tensor onto the mesh. -> nested dicts, sharded by the rules; matrices of `dtype`,
-    norm scales float32 (see transformer.cast_matrices).
+class Folder:
+    """The tensors of a folder's safetensors files, of which nothing but what is asked for is read."""
+
+    def __init__(self, path: str):
+        self.path, single = Path(path), Path(path) / "model.safetensors"
+        index = self.path / "model.safetensors.index.json"
+        if index.is_file():
+            self.file = {name: self.path / file for name, file in read_json(index)["weight_map"].items()}
+        elif single.is_file():
+            with self._open(single) as f:
+                self.file = dict.fromkeys(f.keys(), single)
+        else:
+            raise InputError(
+                f"no weights at {single}: wanted safetensors, one file or several with an index (--config.model.path)"
+            )
+        self.left = set(self.file)
+
+    @staticmethod
+    def _open(file: Path):
+        try:
+            return safe_open(file, framework="numpy")
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file}: not a whole safetensors file ({error}); fetch it again") from error
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, which is thereby accounted for."""
+        if name not in self.file:
+            raise InputError(f"{self.path}: the tensor {name} is missing from its safetensors")
+        self.left.discard(name)
+        with self._open(self.file[name]) as f:
+            return tuple(f.get_slice(name).get_shape())
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        with self._open(self.file[name]) as f:  # opened and closed each time: a mapped file counts as memory
+            return f.get_slice(name)[index]
+
+
+def their_shape(kind: str, shape: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
+    """The shape there of a parameter with our `shape`."""
+    ours, theirs, _ = KINDS[kind]
+    size = dict(zip(ours, shape, strict=True)) | {"3": 3}
+    size |= {"v": vocab_size} if "v" in size else {}
+    return tuple(math.prod(size[axis] for axis in group) for group in theirs.split())
+
+
+def read_block(read, kind: str, shape: tuple[int, ...], index: tuple[slice, ...], vocab_size: int) -> np.ndarray:
+    """The block `index` of a parameter of our `shape`, out of `read(their index)`; rows that pad the vocabulary are zero."""
+    ours, theirs, part = KINDS[kind]
+    size = dict(zip(ours, shape, strict=True)) | {"3": 3}
+    at = {axis: range(*i.indices(size[axis])) for axis, i in zip(ours, index, strict=True)}
+    block_shape = [len(at[axis]) for axis in ours]
+    at |= {"3": range(part, part + 1)} if part is not None else {}
+    if "v" in at:
+        at["v"] = range(at["v"].start, max(at["v"].start, min(at["v"].stop, vocab_size)))
+    outer, view, inner = [], [], []
+    for group in theirs.split():  # the first axis of a group is cut while reading, the others after it
+        step = math.prod(size[axis] for axis in group[1:])
+        outer.append(slice(at[group[0]].start * step, at[group[0]].stop * step))
+        view += [len(at[group[0]]), *(size[axis] for axis in group[1:])]
+        inner += [slice(None), *(slice(at[axis].start, at[axis].stop) for axis in group[1:])]
+    letters = theirs.replace(" ", "")
+    block = read(tuple(outer)).reshape(view)[tuple(inner)]
+    if "3" in letters:
+        block, letters = block.squeeze(letters.index("3")), letters.replace("3", "")
+    block = block.transpose([letters.index(axis) for axis in ours])
+    return np.pad(block, [(0, want - got) for want, got in zip(block_shape, block.shape, strict=True)])
+
+
+def to_theirs(kind: str, parts: list[np.ndarray], vocab_size: int) -> np.ndarray:
+    """A whole parameter of a layer, or the three of a fused tensor in order, as their array."""
+    ours, theirs, part = KINDS[kind]
+    letters = theirs.replace(" ", "").replace("3", "")
+    turned = [p.transpose([ours.index(axis) for axis in letters]) for p in parts]
+    x = turned[0] if part is None else np.stack(turned, axis=theirs.index("3"))
+    if "v" in letters:
+        x = x[:vocab_size]
+    return np.ascontiguousarray(x.reshape(their_shape(kind, parts[0].shape, vocab_size)))
+
+
+def load(path: str, mesh, dtype=jnp.float32, vocab_multiple: int = 1):
+    """Parameters of a folder, read straight to where the mesh wants them. -> nested dicts, sharded by the rules; matrices of
+    `dtype`, norms and biases float32 (see transformer.cast_matrices).
 
     Raises InputError when a tensor is missing, left over or of another shape.
     """
-    cfg = read_config(path)
+    cfg, model_type = families.read_config(path)
+    cfg = padded(cfg, vocab_multiple)
     wanted = jax.eval_shape(lambda: init_params(Transformer(cfg), jax.random.key(0)))
-    file = Path(path) / "model.safetensors"
-    if not file.is_file():
-        raise InputError(f"no weights at {file}: wanted one safetensors file (--config.model.path)")
-    with safe_open(file, framework="numpy") as f:
-        left = set(f.keys())
+    folder, names = Folder(path), families.tensors(model_type)
 
-        def read(name: str, kind: str, shape):
-            if name not in left:
-                raise InputError(f"{file}: the tensor {name} is missing or used twice")
-            left.remove(name)
-            raw = f.get_tensor(name)
-            want = jax.eval_shape(TO_THEIRS[kind], jax.ShapeDtypeStruct(shape, dtype)).shape
-            if raw.shape != want:
-                raise InputError(f"{file}: {name} has shape {raw.shape}, config.json wants {want}")
-            return TO_OURS[kind](raw, shape).astype(jnp.float32 if kind == "d" else dtype)
+    def one(key_path, want, sharding):
+        ours = path_name(key_path)
+        theirs, kind = names[ours]
+        stacked = ours.startswith("layers/")
+        layer_shape = want.shape[1:] if stacked else want.shape
+        for i in range(want.shape[0] if stacked else 1):
+            name, shape = theirs.replace("{i}", str(i)), their_shape(kind, layer_shape, cfg.vocab_size)
+            if (found := folder.shape(name)) != shape:
+                raise InputError(f"{path}: {name} has shape {found}, config.json wants {shape}")
+        to = dtype if ours.endswith(MATRICES) else jnp.float32
 
-        def one(key_path, want, sharding):
-            ours = path_name(key_path)
-            theirs, kind = TENSORS[ours]
-            if not ours.startswith("layers/"):
-                return jax.device_put(read(theirs, kind, want.shape), sharding)
-            stack = [read(theirs.replace("{i}", str(i)), kind, want.shape[1:]) for i in range(cfg.num_layers)]
-            return jax.device_put(np.stack(stack), sharding)
+        def block(index):
+            if not stacked:
+                return read_block(lambda at: folder.read(theirs, at), kind, want.shape, index, cfg.vocab_size).astype(to)
+            layers = range(*index[0].indices(want.shape[0]))
+            out = None
+            for n, i in enumerate(layers):
+                name = theirs.replace("{i}", str(i))
+                layer = read_block(lambda at, name=name: folder.read(name, at), kind, layer_shape, index[1:], cfg.vocab_size)
+                out = np.empty((len(layers), *layer.shape), to) if out is None else out
+                out[n] = layer.astype(to)
+            return out
 
-        params = jax.tree_util.tree_map_with_path(one, wanted, shardings(wanted, mesh))
-        if cfg.tied_embeddings and "lm_head.weight" in left:  # some files repeat the tied matrix
-            left.remove("lm_head.weight")
-            if not np.array_equal(f.get_tensor("lm_head.weight"), f.get_tensor("model.embed_tokens.weight")):
-                raise InputError(f"{file}: lm_head.weight differs from the embedding, but tie_word_embeddings is true")
-    if left:
-        raise InputError(f"{file}: {len(left)} tensors are not part of the model config.json describes: {sorted(left)[:3]}")
+        return jax.make_array_from_callback(want.shape, sharding, block)
+
+    params = jax.tree_util.tree_map_with_path(one, wanted, shardings(wanted, mesh))
+    _account(folder, cfg, names)
     return params
 
 
-def save(path: str, params, cfg: TransformerConfig, dtype=jnp.bfloat16) -> None:
-    """Parameters as model.safetensors (written beside and renamed)."""
-    folder = Path(path)
+def _account(folder: Folder, cfg: TransformerConfig, names) -> None:
+    """Raises InputError for tensors that nothing has asked for."""
+    embedding, unembedding = names["embed/embedding"][0], names["unembed/kernel"][0]
+    if cfg.tied_embeddings and unembedding in folder.left:  # some files repeat the tied matrix
+        same = folder.shape(unembedding) == folder.shape(embedding)
+        everything = (slice(None), slice(None))
+        if not same or not np.array_equal(folder.read(unembedding, everything), folder.read(embedding, everything)):
+            raise InputError(f"{folder.path}: {unembedding} differs from the embedding, but tie_word_embeddings is true")
+    if folder.left:
+        raise InputError(
+            f"{folder.path}: {len(folder.left)} tensors are not part of the model that config.json describes: "
+            f"{sorted(folder.left)[:3]}"
+        )
+
+
+def padded(cfg: TransformerConfig, multiple: int) -> TransformerConfig:
+    """With the vocabulary padded to a multiple, for meshes that would not divide it."""
+    return dataclasses.replace(cfg, vocab_padding=-cfg.vocab_size % multiple)
+
+
+def save(
+    path: str, params, cfg: TransformerConfig, dtype=jnp.bfloat16, model_type: str = "llama", shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Parameters as safetensors, one file or several with an index, each written beside and renamed.
+
+    Raises KeyError for a parameter that the family has no name for.
+    """
+    folder, dtype = Path(path), np.dtype(dtype)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
+    names, sources, sizes = families.tensors(model_type), {}, {}
     for key_path, value in jax.tree_util.tree_flatten_with_path(params)[0]:
-        theirs, kind = TENSORS[path_name(key_path)]
-        value = np.asarray(value.astype(dtype))
-        if "{i}" in theirs:
-            for i, layer in enumerate(value):
-                tensors[theirs.replace("{i}", str(i))] = np.ascontiguousarray(TO_THEIRS[kind](layer))
-        else:
-            tensors[theirs] = np.ascontiguousarray(TO_THEIRS[kind](value))
-    beside = folder / ".model.safetensors.tmp"
-    save_file(tensors, beside, metadata={"format": "pt"})
-    beside.replace(folder / "model.safetensors")
+        ours = path_name(key_path)
+        theirs, kind = names[ours]
+        for i in range(value.shape[0]) if "{i}" in theirs else [None]:
+            name = theirs.replace("{i}", str(i))
+            sources.setdefault(name, {})[KINDS[kind][2] or 0] = (kind, value, i)
+            sizes[name] = sizes.get(name, 0) + value.size // (1 if i is None else value.shape[0]) * dtype.itemsize
+    files, room = [[]], shard_bytes
+    for name, size in sizes.items():
+        if size > room and files[-1]:
+            files.append([])
+            room = shard_bytes
+        files[-1].append(name)
+        room -= size
+    index = {}
+    for n, inside in enumerate(files, 1):
+        file = "model.safetensors" if len(files) == 1 else f"model-{n:05d}-of-{len(files):05d}.safetensors"
+        tensors = {}
+        for name in inside:
+            parts = [sources[name][part] for part in sorted(sources[name])]
+            arrays = [np.asarray((value if i is None else value[i]).astype(dtype)) for _, value, i in parts]
+            tensors[name] = to_theirs(parts[0][0], arrays, cfg.vocab_size)
+            index[name] = file
+        beside = folder / f".{file}.tmp"
+        save_file(tensors, beside, metadata={"format": "pt"})
+        beside.replace(folder / file)
+    if len(files) > 1:
+        write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
+        )

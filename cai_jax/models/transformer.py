@@ -1,4 +1,4 @@
-"""One decoder: rotary, grouped-query attention, gated MLP, RMS norms, as Llama has it.
+"""One decoder for every family: what differs between Llama, Mistral, Qwen, Gemma, OLMo 2 and GPT-NeoX is data in its config.
 
 One forward serves decoding, scoring and training. It returns the final hidden states; logits are a second method, so that
 scoring can take them a few tokens at a time. Parameters are stored with the layers stacked on a leading axis L, which keeps
@@ -6,16 +6,26 @@ compile time flat in depth; `unstack` splits them for the decode loop, where sli
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from cai_jax.models.attention import Rope, attend, rope_turns, rotate, soft_cap
 from cai_jax.sharding import constrain, path_name
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
+    """The defaults are Llama's; models/families.py says which family sets what."""
+
     vocab_size: int
     num_layers: int
     width: int
@@ -24,37 +34,27 @@ class TransformerConfig:
     num_kv_heads: int
     head_dim: int
     max_length: int
-    rope_theta: float = 10_000.0
+    rope: Rope = Rope()
     norm_eps: float = 1e-5
     tied_embeddings: bool = True
-
-
-def causal_mask(segments_BT):
-    """Which tokens attend to which in packed rows: own segment, not later; segment 0 is padding. -> bool [B, T, T]."""
-    T = segments_BT.shape[1]
-    same_BTS = (segments_BT[:, :, None] == segments_BT[:, None, :]) & (segments_BT[:, :, None] > 0)
-    return same_BTS & jnp.tril(jnp.ones((1, T, T), bool))
-
-
-def rotate(x_BTNH, positions_BT, theta: float):
-    """Rotary position embedding, halves convention (2104.09864 as Llama's checkpoints store it); angles in float32."""
-    half = x_BTNH.shape[-1] // 2
-    rates = jnp.exp(-jnp.log(jnp.float32(theta)) * jnp.arange(half, dtype=jnp.float32) / half)
-    angle_BTH = positions_BT.astype(jnp.float32)[:, :, None] * rates[None, None, :]
-    cos, sin = jnp.cos(angle_BTH)[:, :, None], jnp.sin(angle_BTH)[:, :, None]
-    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
-
-
-def attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
-    """Reference attention; softmax in float32. Heads N share keys and values in groups of N / K."""
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * H**-0.5
-    scores = jnp.where(mask_BTS[:, None, None], scores, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, v_BSKH).reshape(B, T, N, H)
+    norm: str = "rms"  # "rms", "rms_plus_one" (scale 1 + w) or "layer" (mean, scale, bias)
+    norm_inputs: bool = True  # of attention and MLP
+    norm_outputs: bool = False  # before they join the residual
+    parallel: bool = False  # the MLP reads the block's input and not the attention's sum
+    qk_norm: str = ""  # "head": over each head, "all": over all heads together
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    gated: bool = True
+    activation: str = "silu"
+    query_scale: float = 0.0  # of the scores; 0: head_dim ** -0.5
+    attention_cap: float = 0.0  # scores are cap * tanh(score / cap); 0: not capped
+    logit_cap: float = 0.0
+    embed_scale: float = 1.0
+    window: int = 0  # tokens that a sliding layer sees, its own included
+    sliding: tuple[bool, ...] = ()  # per layer; (): none slides
+    sliding_rope: Rope | None = None  # where it is another than the others'
+    vocab_padding: int = 0  # rows of the embedding behind the vocabulary, for meshes that would not divide it
 
 
 class Linear(nn.Module):
@@ -64,22 +64,37 @@ class Linear(nn.Module):
     shape: tuple[int, ...]
     fan_in: int
     dtype: jnp.dtype
+    bias: int = 0  # axes of the kernel, the last ones, that a bias has; 0: no bias
 
     @nn.compact
     def __call__(self, x):
         kernel = self.param("kernel", nn.initializers.normal(self.fan_in**-0.5), self.shape, jnp.float32)
-        return jnp.einsum(self.equation, x, kernel.astype(self.dtype))
+        y = jnp.einsum(self.equation, x, kernel.astype(self.dtype))
+        if not self.bias:
+            return y
+        bias = self.param("bias", nn.initializers.zeros, self.shape[-self.bias :], jnp.float32)
+        return y + bias.astype(self.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
 
 
-class RMSNorm(nn.Module):
-    eps: float
+class Norm(nn.Module):
+    """Over the last axis, in float32."""
+
+    cfg: TransformerConfig
 
     @nn.compact
-    def __call__(self, x_BTD):
-        scale_D = self.param("scale", nn.initializers.ones, x_BTD.shape[-1:], jnp.float32)
-        x32 = x_BTD.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (normed * scale_D[None, None, :].astype(jnp.float32)).astype(x_BTD.dtype)
+    def __call__(self, x):
+        kind, eps, ones = self.cfg.norm, self.cfg.norm_eps, nn.initializers.ones
+        shape, wide = x.shape[-1:], (1,) * (x.ndim - 1) + x.shape[-1:]
+        scale = self.param("scale", nn.initializers.zeros if kind == "rms_plus_one" else ones, shape, jnp.float32)
+        scale = scale.astype(jnp.float32).reshape(wide)
+        x32 = x.astype(jnp.float32)
+        if kind == "layer":
+            x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+        normed = normed * (1 + scale if kind == "rms_plus_one" else scale)
+        if kind == "layer":
+            normed = normed + self.param("bias", nn.initializers.zeros, shape, jnp.float32).astype(jnp.float32).reshape(wide)
+        return normed.astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -87,20 +102,29 @@ class Attention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x_BTD, positions_BT, mask_BTS, cache, index):
+    def __call__(self, x_BTD, turns, mask_BTS, cache, index):
         c = self.cfg
         D, N, K, H = c.width, c.num_heads, c.num_kv_heads, c.head_dim
-        q = Linear("btd,dnh->btnh", (D, N, H), D, self.dtype, name="q")(x_BTD)
-        k = Linear("btd,dkh->btkh", (D, K, H), D, self.dtype, name="k")(x_BTD)
-        v = Linear("btd,dkh->btkh", (D, K, H), D, self.dtype, name="v")(x_BTD)
-        q, k = rotate(q, positions_BT, c.rope_theta), rotate(k, positions_BT, c.rope_theta)
+        bias = 2 * c.qkv_bias
+        q = Linear("btd,dnh->btnh", (D, N, H), D, self.dtype, bias, name="q")(x_BTD)
+        k = Linear("btd,dkh->btkh", (D, K, H), D, self.dtype, bias, name="k")(x_BTD)
+        v = Linear("btd,dkh->btkh", (D, K, H), D, self.dtype, bias, name="v")(x_BTD)
+        q, k = self.normed(q, "q_norm"), self.normed(k, "k_norm")
+        q, k = rotate(q, turns), rotate(k, turns)
         q, k, v = (constrain(a, "batch", None, "model", None) for a in (q, k, v))
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache["k"], k.astype(cache["k"].dtype), index, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache["v"], v.astype(cache["v"].dtype), index, axis=1)
             cache = {"k": k, "v": v}
-        out = attend(q, k.astype(self.dtype), v.astype(self.dtype), mask_BTS)
-        return Linear("btnh,nhd->btd", (N, H, D), N * H, self.dtype, name="o")(out), cache
+        out = attend(q, k.astype(self.dtype), v.astype(self.dtype), mask_BTS, c.query_scale, c.attention_cap)
+        return Linear("btnh,nhd->btd", (N, H, D), N * H, self.dtype, int(c.out_bias), name="o")(out), cache
+
+    def normed(self, x_BTNH, name: str):
+        if not self.cfg.qk_norm:
+            return x_BTNH
+        B, T, N, H = x_BTNH.shape
+        together = x_BTNH.reshape(B, T, N * H) if self.cfg.qk_norm == "all" else x_BTNH
+        return Norm(self.cfg, name=name)(together).reshape(B, T, N, H)
 
 
 class MLP(nn.Module):
@@ -109,24 +133,37 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD):
-        D, F = self.cfg.width, self.cfg.mlp_width
-        gate = Linear("btd,df->btf", (D, F), D, self.dtype, name="gate")(x_BTD)
-        up = Linear("btd,df->btf", (D, F), D, self.dtype, name="up")(x_BTD)
-        inner = constrain(jax.nn.silu(gate) * up, "batch", None, "model")
-        return Linear("btf,fd->btd", (F, D), F, self.dtype, name="down")(inner)
+        c = self.cfg
+        D, F, bias, act = c.width, c.mlp_width, int(c.mlp_bias), ACTIVATIONS[c.activation]
+        if c.gated:
+            gate = Linear("btd,df->btf", (D, F), D, self.dtype, bias, name="gate")(x_BTD)
+        up = Linear("btd,df->btf", (D, F), D, self.dtype, bias, name="up")(x_BTD)
+        inner = constrain(act(gate) * up if c.gated else act(up), "batch", None, "model")
+        return Linear("btf,fd->btd", (F, D), F, self.dtype, bias, name="down")(inner)
 
 
 class Block(nn.Module):
+    """`sliding`: whether this layer is a sliding one; `turns` and `masks` hold a second entry for those."""
+
     cfg: TransformerConfig
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x_BTD, cache, positions_BT, mask_BTS, index):
-        eps = self.cfg.norm_eps
-        normed = RMSNorm(eps, name="attention_norm")(x_BTD)
-        y, cache = Attention(self.cfg, self.dtype, name="attention")(normed, positions_BT, mask_BTS, cache, index)
-        x_BTD = x_BTD + y
-        x_BTD = x_BTD + MLP(self.cfg, self.dtype, name="mlp")(RMSNorm(eps, name="mlp_norm")(x_BTD))
+    def __call__(self, x_BTD, cache, sliding, turns, masks, index):
+        c = self.cfg
+
+        def norm(name, x, wanted):
+            return Norm(c, name=name)(x) if wanted else x
+
+        def mine(pair):
+            return pair[0] if len(pair) == 1 else jax.tree.map(lambda full, near: jnp.where(sliding, near, full), *pair)
+
+        start = x_BTD
+        y = norm("attention_norm", x_BTD, c.norm_inputs)
+        y, cache = Attention(c, self.dtype, name="attention")(y, mine(turns), mine(masks), cache, index)
+        x_BTD = x_BTD + norm("attention_out_norm", y, c.norm_outputs)
+        y = norm("mlp_norm", start if c.parallel else x_BTD, c.norm_inputs)
+        x_BTD = x_BTD + norm("mlp_out_norm", MLP(c, self.dtype, name="mlp")(y), c.norm_outputs)
         return constrain(x_BTD, "batch", None, None), cache
 
 
@@ -135,11 +172,12 @@ class Embed(nn.Module):
     dtype: jnp.dtype
 
     def setup(self):
-        shape = (self.cfg.vocab_size, self.cfg.width)
+        shape = (self.cfg.vocab_size + self.cfg.vocab_padding, self.cfg.width)
         self.embedding = self.param("embedding", nn.initializers.normal(0.02), shape, jnp.float32)
 
     def __call__(self, tokens_BT):
-        return self.embedding.astype(self.dtype)[tokens_BT]
+        x_BTD = self.embedding.astype(self.dtype)[tokens_BT]
+        return x_BTD if self.cfg.embed_scale == 1 else x_BTD * jnp.asarray(self.cfg.embed_scale, self.dtype)
 
     def attend(self, x_BTD):
         return jnp.einsum("btd,vd->btv", x_BTD, self.embedding.astype(self.dtype), preferred_element_type=jnp.float32)
@@ -160,33 +198,47 @@ class Transformer(nn.Module):
         if self.unrolled:
             self.blocks = [block(c, self.dtype, name=f"layers_{i}") for i in range(c.num_layers)]
         else:
-            axes = {"in_axes": (0, nn.broadcast, nn.broadcast, nn.broadcast), "out_axes": 0, "length": c.num_layers}
+            axes = {"in_axes": (0, 0, *[nn.broadcast] * 3), "out_axes": 0, "length": c.num_layers}
             scanned = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, **axes)
             self.layers = scanned(c, self.dtype)
-        self.final_norm = RMSNorm(c.norm_eps)
+        self.final_norm = Norm(c)
         if not c.tied_embeddings:
-            self.unembed = Linear("btd,dv->btv", (c.width, c.vocab_size), c.width, self.dtype)
+            self.unembed = Linear("btd,dv->btv", (c.width, c.vocab_size + c.vocab_padding), c.width, self.dtype)
 
-    def __call__(self, tokens_BT, positions_BT, mask_BTS, cache=None, index=0):
+    def __call__(self, tokens_BT, positions_BT, mask_BTS, cache=None, index=0, key_positions_BS=None):
         """Hidden states [B, T, D] after the final norm, and the cache with this call's keys and values at slot `index`.
 
-        mask_BTS: S = T without a cache, else the cache's slots. `cache`: from `init_cache`, or None.
+        mask_BTS: S = T without a cache, else the cache's slots. `cache`: from `init_cache`, or None. `key_positions_BS`: the
+        positions of the slots, which sliding layers ask for where there is a cache.
         """
+        c = self.cfg
         x_BTD = constrain(self.embed(tokens_BT), "batch", None, None)
+        masks, turns = (mask_BTS,), (rope_turns(c.rope, c.head_dim, positions_BT),)
+        if any(c.sliding):
+            keys_BS = positions_BT if key_positions_BS is None else key_positions_BS
+            masks += (mask_BTS & (positions_BT[:, :, None] - keys_BS[:, None, :] < c.window),)
+            if c.sliding_rope:
+                turns += (rope_turns(c.sliding_rope, c.head_dim, positions_BT),)
         if self.unrolled:
             caches = []
             for i, block in enumerate(self.blocks):
-                x_BTD, layer_cache = block(x_BTD, cache and cache[i], positions_BT, mask_BTS, index)
+                sliding = bool(c.sliding) and c.sliding[i]
+                x_BTD, layer_cache = block(x_BTD, cache and cache[i], sliding, turns, masks, index)
                 caches.append(layer_cache)
             cache = tuple(caches) if cache else None
         else:
-            x_BTD, cache = self.layers(x_BTD, cache, positions_BT, mask_BTS, index)
+            sliding_L = jnp.array(c.sliding) if any(c.sliding) else None
+            x_BTD, cache = self.layers(x_BTD, cache, sliding_L, turns, masks, index)
         return self.final_norm(x_BTD), cache
 
     def logits(self, x_BTD):
-        """Hidden states -> logits [B, T, V] in float32."""
-        logits = self.embed.attend(x_BTD) if self.cfg.tied_embeddings else self.unembed(x_BTD)
-        return constrain(logits.astype(jnp.float32), "batch", None, "model")
+        """Hidden states -> logits [B, T, V] in float32; what pads the vocabulary is never chosen."""
+        c = self.cfg
+        logits = self.embed.attend(x_BTD) if c.tied_embeddings else self.unembed(x_BTD)
+        logits = constrain(soft_cap(logits.astype(jnp.float32), c.logit_cap), "batch", None, "model")
+        if not c.vocab_padding:
+            return logits
+        return jnp.where(jnp.arange(logits.shape[-1])[None, None] < c.vocab_size, logits, -1e30)
 
     def both(self, tokens_BT, positions_BT, mask_BTS):
         """Logits of every token. Touches every parameter, so `init` runs this."""
