@@ -17,6 +17,7 @@ STAGES = ("pretrain", "critique", "sft", "preferences", "reward", "dpo", "ppo", 
 class Model:
     path: str = "cai_jax/miniworld/base"  # folder in Hugging Face format: the helpful-only base, also the judge
     compute_dtype: str = "auto"  # auto: float32 on CPU, bfloat16 on accelerators
+    vocab_multiple: int = 1  # rows of the embedding are padded to a multiple of it, so that a mesh divides them
     remat: bool = False  # recompute each layer in the backward pass: less memory, about a third more time
 
 
@@ -194,10 +195,10 @@ def _to_dict(value) -> ConfigDict:
 
 
 def section(cfg, kind: type):
-    """A (nested) ConfigDict as the frozen dataclass `kind`."""
+    """A (nested) ConfigDict, or the JSON of one, as the frozen dataclass `kind`; what an older file lacks has its default."""
     values = {}
-    for f in dataclasses.fields(kind):
-        value = cfg[f.name]
+    for f in (f for f in dataclasses.fields(kind) if f.name in cfg):
+        value = tuple(cfg[f.name]) if isinstance(cfg[f.name], list) else cfg[f.name]
         values[f.name] = section(value, f.type) if dataclasses.is_dataclass(f.type) else value
     return kind(**values)
 
@@ -213,7 +214,7 @@ CHOICES = {
 }
 AT_LEAST_ONE = ("epochs", "rows", "length", "batch_size", "microbatches", "minibatches", "max_tokens", "checkpoint_every")
 AT_LEAST_ONE += ("score_batch", "principles", "kl_horizon", "num_layers", "num_heads", "num_kv_heads", "width", "mlp_width")
-AT_LEAST_ONE += ("steps",)
+AT_LEAST_ONE += ("steps", "vocab_multiple")
 SHARES = ("helpful_share", "heldout_share", "top_p", "discount", "gae_lambda")
 ABOVE_ZERO = ("top_p", "clip_norm", "kl_target")
 NOT_NEGATIVE = ("rounds", "temperature", "temperature_end", "learning_rate", "kl_coef", "clip", "beta", "iterations", "limit")

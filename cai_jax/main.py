@@ -1,6 +1,7 @@
 """The `cai` command: flags -> locked config -> mesh -> stages.
 
 cai run --config=configs/miniworld.py --workdir=runs/a [--config.ppo.kl_coef=0.05 ...]
+cai export --workdir=runs/a --model=rl_cai --out=DIR [--dtype=float32] [--check]
 """
 
 import difflib
@@ -16,12 +17,16 @@ from cai_jax import config as configs
 from cai_jax import progress
 from cai_jax.metrics import NotFinite
 from cai_jax.progress import say, table
-from cai_jax.workdir import InputError, Stopped, open_run, record_run, stop_on_sigterm
+from cai_jax.workdir import InputError, Stopped, open_run, read_json, record_run, stop_on_sigterm
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "file with get_config(); --config.key=value overrides", lock_config=True
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run; the same command resumes it")
+MODEL = flags.DEFINE_string("model", None, "export: base, sl_cai, dpo_cai, rl_cai or reward")
+OUT = flags.DEFINE_string("out", None, "export: the folder to write")
+DTYPE = flags.DEFINE_string("dtype", "", "export: float32 or bfloat16; default: the base's")
+CHECK = flags.DEFINE_bool("check", False, "export: compare its logits with those of transformers")
 
 STAGE_MODULES = {name: f"cai_jax.stages.{name}" for name in configs.STAGES} | {"pretrain": "cai_jax.miniworld.pretrain"}
 STOPPED_EXIT = 143  # what a launcher restarts on
@@ -53,15 +58,37 @@ def run(cfg: configs.Config, workdir: Path) -> None:
     say(f"compiled {progress.compiled.total()} programs in {progress.compile_seconds:.0f} s; everything is in {workdir}")
 
 
+def export(workdir: Path, name: str, out: Path) -> None:
+    """A model of a run as a Hugging Face folder."""
+    import jax
+
+    from cai_jax import export as exports
+    from cai_jax.sharding import make_mesh
+
+    mesh = make_mesh((1, -1, 1))
+    with jax.set_mesh(mesh):
+        exports.export(configs.resolve(read_json(workdir / "config.json")), workdir, name, out, mesh, DTYPE.value)
+        say(f"{name} of {workdir} is in {out}")
+        if CHECK.value:
+            off, largest = exports.check(out, name, mesh)
+            say(f"largest difference from transformers: {off:.2g}, of values up to {largest:.3g}")
+            if off > exports.TOLERANCE * max(1.0, largest):
+                raise InputError(f"{out}: transformers computes other values with it")
+
+
 def main(argv: list[str]) -> None:
-    if argv[1:] != ["run"]:
-        raise app.UsageError(f"wanted `cai run --config=FILE --workdir=DIR`, got arguments {argv[1:]}")
-    if CONFIG.value is None or not WORKDIR.value:
-        raise app.UsageError("--config=FILE and --workdir=DIR are both needed")
+    needed = {"run": {"config": CONFIG, "workdir": WORKDIR}, "export": {"workdir": WORKDIR, "model": MODEL, "out": OUT}}
+    if len(argv) != 2 or argv[1] not in needed:
+        raise app.UsageError(f"wanted `cai run` or `cai export`, got arguments {argv[1:]}")
+    if missing := [f"--{name}" for name, flag in needed[argv[1]].items() if not flag.value]:
+        raise app.UsageError(f"cai {argv[1]} needs {' and '.join(missing)}")
     logging.set_verbosity(logging.WARNING)  # orbax reports every file it writes
     stop_on_sigterm()
     try:
-        run(configs.resolve(CONFIG.value), Path(WORKDIR.value))
+        if argv[1] == "run":
+            run(configs.resolve(CONFIG.value), Path(WORKDIR.value))
+        else:
+            export(Path(WORKDIR.value), MODEL.value, Path(OUT.value))
     except Stopped as e:
         say(str(e))
         sys.exit(STOPPED_EXIT)

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from cai_jax.models import families
 from cai_jax.models.transformer import Transformer, TransformerConfig, init_params
-from cai_jax.sharding import path_name, shardings
+from cai_jax.sharding import path_name, put, shardings
 from cai_jax.workdir import InputError, read_json, write_json
 
 # Kind -> (our axes, their axes, the third of a fused tensor). Kernels are [in, out] here and [out, in] there, and what is one
@@ -32,6 +32,7 @@ KINDS = {
     **{f"fused_{name}": ("dnh", "n3h d", part) for part, name in enumerate("qkv")},
     **{f"fused_{name}_bias": ("nh", "n3h", part) for part, name in enumerate("qkv")},
 }
+SCORE = "score.weight"  # of a reward model: transformers' sequence classifier with one label
 MATRICES = ("kernel", "embedding")  # the leaves that take the dtype asked for; norms and biases stay float32
 SHARD_BYTES = 2 * 1024**3  # of a file that `save` writes
 
@@ -142,7 +143,8 @@ def to_theirs(kind: str, parts: list[np.ndarray], vocab_size: int) -> np.ndarray
 
 def load(path: str, mesh, dtype=jnp.float32, vocab_multiple: int = 1):
     """Parameters of a folder, read straight to where the mesh wants them. -> nested dicts, sharded by the rules; matrices of
-    `dtype`, norms and biases float32 (see transformer.cast_matrices).
+    `dtype`, norms and biases float32 (see transformer.cast_matrices). Of a sequence classifier with one label, a reward model,
+    {"trunk", "head"}.
 
     Raises InputError when a tensor is missing, left over or of another shape.
     """
@@ -150,6 +152,9 @@ def load(path: str, mesh, dtype=jnp.float32, vocab_multiple: int = 1):
     cfg = padded(cfg, vocab_multiple)
     wanted = jax.eval_shape(lambda: init_params(Transformer(cfg), jax.random.key(0)))
     folder, names = Folder(path), families.tensors(model_type)
+    scored = SCORE in folder.file
+    if scored:
+        wanted = {k: v for k, v in wanted.items() if k != "unembed"}
 
     def one(key_path, want, sharding):
         ours = path_name(key_path)
@@ -177,6 +182,11 @@ def load(path: str, mesh, dtype=jnp.float32, vocab_multiple: int = 1):
         return jax.make_array_from_callback(want.shape, sharding, block)
 
     params = jax.tree_util.tree_map_with_path(one, wanted, shardings(wanted, mesh))
+    if scored:
+        if (shape := folder.shape(SCORE)) != (1, cfg.width):
+            raise InputError(f"{path}: {SCORE} has shape {shape}, wanted one label: {(1, cfg.width)}")
+        kernel = folder.read(SCORE, (slice(None), slice(None))).astype(np.float32).T
+        params = {"trunk": params} | put({"head": {"kernel": kernel, "bias": np.zeros(1, np.float32)}}, mesh)
     _account(folder, cfg, names)
     return params
 
@@ -202,24 +212,20 @@ def padded(cfg: TransformerConfig, multiple: int) -> TransformerConfig:
 
 
 def save(
-    path: str, params, cfg: TransformerConfig, dtype=jnp.bfloat16, model_type: str = "llama", shard_bytes: int = SHARD_BYTES
+    path: str, params, cfg: TransformerConfig, dtype=jnp.bfloat16, model_type: str = "llama", head=None, shard_bytes=SHARD_BYTES
 ) -> None:
-    """Parameters as safetensors, one file or several with an index, each written beside and renamed.
+    """Parameters as safetensors, one file or several with an index, each written beside and renamed. With a `head`, a reward
+    model's.
 
     Raises KeyError for a parameter that the family has no name for.
     """
     folder, dtype = Path(path), np.dtype(dtype)
     folder.mkdir(parents=True, exist_ok=True)
-    names, sources, sizes = families.tensors(model_type), {}, {}
-    for key_path, value in jax.tree_util.tree_flatten_with_path(params)[0]:
-        ours = path_name(key_path)
-        theirs, kind = names[ours]
-        for i in range(value.shape[0]) if "{i}" in theirs else [None]:
-            name = theirs.replace("{i}", str(i))
-            sources.setdefault(name, {})[KINDS[kind][2] or 0] = (kind, value, i)
-            sizes[name] = sizes.get(name, 0) + value.size // (1 if i is None else value.shape[0]) * dtype.itemsize
+    tensors = _tensors(params, cfg, dtype, families.tensors(model_type))
+    if head is not None:
+        tensors[SCORE] = (head["kernel"].size * dtype.itemsize, lambda: np.asarray(head["kernel"].astype(dtype)).T.copy())
     files, room = [[]], shard_bytes
-    for name, size in sizes.items():
+    for name, (size, _) in tensors.items():
         if size > room and files[-1]:
             files.append([])
             room = shard_bytes
@@ -228,16 +234,31 @@ def save(
     index = {}
     for n, inside in enumerate(files, 1):
         file = "model.safetensors" if len(files) == 1 else f"model-{n:05d}-of-{len(files):05d}.safetensors"
-        tensors = {}
-        for name in inside:
-            parts = [sources[name][part] for part in sorted(sources[name])]
-            arrays = [np.asarray((value if i is None else value[i]).astype(dtype)) for _, value, i in parts]
-            tensors[name] = to_theirs(parts[0][0], arrays, cfg.vocab_size)
-            index[name] = file
         beside = folder / f".{file}.tmp"
-        save_file(tensors, beside, metadata={"format": "pt"})
+        save_file({name: tensors[name][1]() for name in inside}, beside, metadata={"format": "pt"})
         beside.replace(folder / file)
+        index |= dict.fromkeys(inside, file)
     if len(files) > 1:
-        write_json(
-            folder / "model.safetensors.index.json", {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
-        )
+        total = sum(size for size, _ in tensors.values())
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+
+
+def _tensors(params, cfg: TransformerConfig, dtype, names) -> dict:
+    """Their name -> (bytes, a function that fetches the array): nothing is fetched before its file is written."""
+    parts = {}
+    for key_path, value in jax.tree_util.tree_flatten_with_path(params)[0]:
+        theirs, kind = names[path_name(key_path)]
+        for i in range(value.shape[0]) if "{i}" in theirs else [None]:
+            parts.setdefault(theirs.replace("{i}", str(i)), []).append((KINDS[kind][2] or 0, kind, value, i))
+    out = {}
+    for name, found in parts.items():
+        found.sort(key=lambda part: part[0])  # the three of a fused tensor in order
+        kind, shape = found[0][1], found[0][2].shape[0 if found[0][3] is None else 1 :]
+        size = math.prod(their_shape(kind, shape, cfg.vocab_size)) * dtype.itemsize
+
+        def fetch(found=found, kind=kind):
+            arrays = [np.asarray((value if i is None else value[i]).astype(dtype)) for _, _, value, i in found]
+            return to_theirs(kind, arrays, cfg.vocab_size)
+
+        out[name] = (size, fetch)
+    return out

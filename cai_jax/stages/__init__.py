@@ -43,13 +43,13 @@ def inputs_of(
 
 def load_lm(cfg: Config, workdir: Path, mesh, name: str = "base", trained: bool = False) -> LM:
     """A model of the run by name (see MODELS). Parameters are float32 to be trained, of the compute dtype when frozen."""
-    arch, tok = hf.read_config(cfg.model.path), tokenizer.load(cfg.model.path)
+    arch, tok = hf.padded(hf.read_config(cfg.model.path), cfg.model.vocab_multiple), tokenizer.load(cfg.model.path)
     if tok.vocab_size > arch.vocab_size:
         raise InputError(f"{cfg.model.path}: the tokenizer has {tok.vocab_size} tokens, the model only {arch.vocab_size}")
     compute, stage = compute_dtype(cfg.model.compute_dtype), MODELS[name]
     dtype = jnp.dtype("float32") if trained else compute
     if stage is None:
-        params = hf.load(cfg.model.path, mesh, dtype)
+        params = hf.load(cfg.model.path, mesh, dtype, cfg.model.vocab_multiple)
     else:
         params = cast_matrices(checkpoints.load_model(workdir / stage, abstract(_shapes(arch), mesh)), dtype)
     return LM(arch, compute, params, tok)
