@@ -18,6 +18,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",  # the v1 checkpoint interface, asynchronous saves included
         "transformers>=5,<6",  # only tokenizers and config.json are used; version 5 dropped its own Flax models
+        "huggingface_hub>=1.31",  # what transformers 5 is built against; fetches models named by their hub id
         "tokenizers>=0.23.1",  # what transformers 5 is built against; trains the tokenizer of the embedded world
         "safetensors>=0.8.0",  # what transformers 5 is built against; reads bfloat16 into NumPy through ml_dtypes
         "ml_collections>=1.1.0",  # locked configs with command-line overrides of typed fields

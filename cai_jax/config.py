@@ -15,7 +15,7 @@ STAGES = ("pretrain", "critique", "sft", "preferences", "reward", "dpo", "ppo", 
 
 @dataclass(frozen=True)
 class Model:
-    path: str = "cai_jax/miniworld/base"  # folder in Hugging Face format: the helpful-only base, also the judge
+    path: str = "cai_jax/miniworld/base"  # Hugging Face folder, or owner/name@revision: the helpful-only base, also the judge
     compute_dtype: str = "auto"  # auto: float32 on CPU, bfloat16 on accelerators
     vocab_multiple: int = 1  # rows of the embedding are padded to a multiple of it, so that a mesh divides them
     remat: bool = False  # recompute each layer in the backward pass: less memory, about a third more time

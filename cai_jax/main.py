@@ -4,6 +4,7 @@ cai run --config=configs/miniworld.py --workdir=runs/a [--config.ppo.kl_coef=0.0
 cai export --workdir=runs/a --model=rl_cai --out=DIR [--dtype=float32] [--check]
 """
 
+import dataclasses
 import difflib
 import importlib
 import sys
@@ -32,6 +33,13 @@ STAGE_MODULES = {name: f"cai_jax.stages.{name}" for name in configs.STAGES} | {"
 STOPPED_EXIT = 143  # what a launcher restarts on
 
 
+def with_local_model(cfg: configs.Config) -> configs.Config:
+    """`cfg` with the folder that its model lies in, fetched from the hub if it is named so."""
+    from cai_jax.models import hf
+
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, path=hf.local(cfg.model.path)))
+
+
 def run(cfg: configs.Config, workdir: Path) -> None:
     """Every stage of `cfg.stages`, in order, under its mesh."""
     import jax
@@ -48,10 +56,11 @@ def run(cfg: configs.Config, workdir: Path) -> None:
         f"{jax.device_count()} {jax.default_backend()} device(s), mesh {dict(mesh.shape)}"
     )
     rows = []
+    here = with_local_model(cfg)
     with jax.set_mesh(mesh):
         for name in cfg.stages:
             began = time.monotonic()
-            worked = importlib.import_module(STAGE_MODULES[name]).run(cfg, workdir, mesh)
+            worked = importlib.import_module(STAGE_MODULES[name]).run(here, workdir, mesh)
             rows.append([name, f"{time.monotonic() - began:.1f} s" if worked else "done before"])
     record_run(workdir, configs.as_dict(cfg))  # only now: a stage that refuses today's configuration changes nothing
     table("time by stage", ["stage", "time"], rows)
@@ -66,8 +75,9 @@ def export(workdir: Path, name: str, out: Path) -> None:
     from cai_jax.sharding import make_mesh
 
     mesh = make_mesh((1, -1, 1))
+    cfg = configs.resolve(read_json(workdir / "config.json"))
     with jax.set_mesh(mesh):
-        exports.export(configs.resolve(read_json(workdir / "config.json")), workdir, name, out, mesh, DTYPE.value)
+        exports.export(with_local_model(cfg), workdir, name, out, mesh, DTYPE.value)
         say(f"{name} of {workdir} is in {out}")
         if CHECK.value:
             off, largest = exports.check(out, name, mesh)

@@ -2,13 +2,16 @@
 
 import json
 from dataclasses import replace
+from fnmatch import fnmatch
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -164,26 +167,6 @@ def test_every_tensor_of_a_file_is_accounted_for(tmp_path, mesh, change, message
     assert path in str(e.value)
 
 
-@pytest.mark.parametrize(
-    "field, value",
-    [
-        ("model_type", "mistral"),
-        ("hidden_act", "gelu"),
-        ("attention_bias", True),
-        ("mlp_bias", True),
-        ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
-        ("rope_parameters", {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}),
-        ("pretraining_tp", 2),
-    ],
-)
-def test_a_field_that_the_decoder_does_not_implement_is_named(tmp_path, field, value):
-    path = write(tmp_path)
-    change_config(path, **{field: value})
-    named = "rope_type" if field == "rope_parameters" else field
-    with pytest.raises(InputError, match=f"config.json: {named}=.* is not implemented"):
-        hf.read_config(path)
-
-
 def test_older_and_newer_places_of_the_rope_base_are_both_read(tmp_path):
     path = write(tmp_path)
     change_config(path, rope_theta=123.0)
@@ -208,3 +191,30 @@ def test_lesson_14_a_reward_model_is_not_saved_without_its_head(tmp_path):
     with pytest.raises(KeyError, match="head"):
         hf.save(str(tmp_path), {**tiny.params(), "head": head}, tiny.CFG)
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_hub_id_without_network_is_said_and_a_folder_stays_itself(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+
+    def unreachable(name, revision, **_):
+        assert (name, revision) in {("owner/name", None), ("owner/name", "v1.0")}
+        raise LocalEntryNotFoundError("the hub cannot be reached")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    for path in ("owner/name", "owner/name@v1.0"):
+        with pytest.raises(InputError, match=f"--config.model.path={path}: no such folder here.*cannot be reached"):
+            hf.local(path)
+    for path in (str(tmp_path), "a/b/c", "nowhere", "../there"):  # folders, there or not: the loader says which is missing
+        assert hf.local(path) == path
+
+
+def test_a_hub_id_is_fetched_without_code_or_pickles(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: asked.update(options) or "/cache/it")
+    assert hf.local("owner/name") == "/cache/it"
+    assert not any(
+        fnmatch(file, p) for file in ("model.py", "pytorch_model.bin", "x.pt", "x.pkl") for p in asked["allow_patterns"]
+    )
+    assert all(
+        any(fnmatch(f, p) for p in asked["allow_patterns"]) for f in ("config.json", "model.safetensors", "tokenizer.model")
+    )

@@ -6,6 +6,7 @@ held beside the parameters themselves. `families` says which fields and which na
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 
 import jax
@@ -35,6 +36,24 @@ KINDS = {
 SCORE = "score.weight"  # of a reward model: transformers' sequence classifier with one label
 MATRICES = ("kernel", "embedding")  # the leaves that take the dtype asked for; norms and biases stay float32
 SHARD_BYTES = 2 * 1024**3  # of a file that `save` writes
+
+
+def local(path: str) -> str:
+    """A folder as it is; "owner/name" or "owner/name@revision" of the Hugging Face hub from its cache, fetched if need be.
+
+    Raises InputError when it is neither. Only weights, tokenizer and configuration are fetched, no code and no pickles.
+    """
+    if Path(path).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w.-]+)?", path):
+        return path
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = path.partition("@")
+    wanted = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+    try:
+        return snapshot_download(name, revision=revision or None, allow_patterns=wanted, ignore_patterns=["*/*"])
+    except (OSError, ValueError, RuntimeError) as error:  # the hub's errors are kinds of these
+        why = " ".join(str(error).split())
+        raise InputError(f"--config.model.path={path}: no such folder here, and the hub does not give it: {why}") from error
 
 
 def read_config(path: str) -> TransformerConfig:
@@ -127,7 +146,8 @@ def read_block(read, kind: str, shape: tuple[int, ...], index: tuple[slice, ...]
     if "3" in letters:
         block, letters = block.squeeze(letters.index("3")), letters.replace("3", "")
     block = block.transpose([letters.index(axis) for axis in ours])
-    return np.pad(block, [(0, want - got) for want, got in zip(block_shape, block.shape, strict=True)])
+    behind = [(0, want - got) for want, got in zip(block_shape, block.shape, strict=True)]
+    return np.pad(block, behind) if any(b for _, b in behind) else block
 
 
 def to_theirs(kind: str, parts: list[np.ndarray], vocab_size: int) -> np.ndarray:
@@ -169,17 +189,22 @@ def load(path: str, mesh, dtype=jnp.float32, vocab_multiple: int = 1):
 
         def block(index):
             if not stacked:
-                return read_block(lambda at: folder.read(theirs, at), kind, want.shape, index, cfg.vocab_size).astype(to)
+                return read_block(lambda at: folder.read(theirs, at), kind, want.shape, index, cfg.vocab_size).astype(
+                    to, copy=False
+                )
             layers = range(*index[0].indices(want.shape[0]))
             out = None
             for n, i in enumerate(layers):
                 name = theirs.replace("{i}", str(i))
                 layer = read_block(lambda at, name=name: folder.read(name, at), kind, layer_shape, index[1:], cfg.vocab_size)
                 out = np.empty((len(layers), *layer.shape), to) if out is None else out
-                out[n] = layer.astype(to)
+                out[n] = layer
             return out
 
-        return jax.make_array_from_callback(want.shape, sharding, block)
+        # One device at a time: jax.make_array_from_callback would hold the whole parameter twice.
+        places = sharding.addressable_devices_indices_map(want.shape).items()
+        shards = [jax.block_until_ready(jax.device_put(block(index), device)) for device, index in places]
+        return jax.make_array_from_single_device_arrays(want.shape, sharding, shards)
 
     params = jax.tree_util.tree_map_with_path(one, wanted, shardings(wanted, mesh))
     if scored:
