@@ -16,6 +16,8 @@ STAGES = ("pretrain", "critique", "sft", "preferences", "reward", "dpo", "ppo", 
 @dataclass(frozen=True)
 class Model:
     path: str = "cai_jax/miniworld/base"  # Hugging Face folder, or owner/name@revision: the helpful-only base, also the judge
+    format: str = "plain"  # plain: Human/Assistant transcripts; chat: the chat template of the checkpoint's tokenizer
+    system: str = ""  # a system prompt
     compute_dtype: str = "auto"  # auto: float32 on CPU, bfloat16 on accelerators
     vocab_multiple: int = 1  # rows of the embedding are padded to a multiple of it, so that a mesh divides them
     remat: bool = False  # recompute each layer in the backward pass: less memory, about a third more time
@@ -204,6 +206,7 @@ def section(cfg, kind: type):
 
 
 CHOICES = {
+    "model.format": ("plain", "chat"),
     "model.compute_dtype": ("auto", "float32", "bfloat16"),
     "sft.revisions": ("last", "all"),
     "preferences.policy": ("sft", "base"),
@@ -212,9 +215,8 @@ CHOICES = {
     "ppo.init": ("sft", "base"),
     "ppo.value_network": ("separate", "shared"),
 }
-AT_LEAST_ONE = ("epochs", "rows", "length", "batch_size", "microbatches", "minibatches", "max_tokens", "checkpoint_every")
-AT_LEAST_ONE += ("score_batch", "principles", "kl_horizon", "num_layers", "num_heads", "num_kv_heads", "width", "mlp_width")
-AT_LEAST_ONE += ("steps", "vocab_multiple")
+AT_LEAST_ONE = "epochs rows length batch_size microbatches minibatches max_tokens checkpoint_every score_batch".split()
+AT_LEAST_ONE += "principles kl_horizon num_layers num_heads num_kv_heads width mlp_width steps vocab_multiple".split()
 SHARES = ("helpful_share", "heldout_share", "top_p", "discount", "gae_lambda")
 ABOVE_ZERO = ("top_p", "clip_norm", "kl_target")
 NOT_NEGATIVE = ("rounds", "temperature", "temperature_end", "learning_rate", "kl_coef", "clip", "beta", "iterations", "limit")
@@ -256,8 +258,7 @@ def resolve(config) -> Config:
         if name in NOT_NEGATIVE:
             _require(value >= 0, flag, value, "zero or more")
     _check_stages(cfg)
-    good = len(cfg.mesh) == 3 and all(isinstance(s, int) for s in cfg.mesh)
-    _require(good, "mesh", cfg.mesh, "three whole numbers")
+    _require(len(cfg.mesh) == 3 and all(isinstance(s, int) for s in cfg.mesh), "mesh", cfg.mesh, "three whole numbers")
     for name in ("sft", "reward", "dpo"):
         part = getattr(cfg, name)
         rows = part.rows if name == "sft" else part.batch_size
@@ -269,9 +270,8 @@ def resolve(config) -> Config:
     _require(good, "preferences.clamp", clamp, "two bounds with 0 <= low < high <= 1")
     thinks, shown = cfg.preferences.chain_of_thought, cfg.preferences.few_shot
     _require(not (thinks and shown), "preferences.few_shot", shown, "none with chain_of_thought: the blocks hold no thoughts")
-    heat = cfg.ppo.sampling.temperature
+    heat, top_p = cfg.ppo.sampling.temperature, cfg.ppo.sampling.top_p
     _require(heat > 0, "ppo.sampling.temperature", heat, "more than zero: rollouts are sampled")
-    top_p = cfg.ppo.sampling.top_p
     _require(top_p == 1, "ppo.sampling.top_p", top_p, "1: rollouts are scored under the whole distribution")
     return cfg
 

@@ -78,8 +78,9 @@ def encode_comparisons(tok, templates, pairs: list[dict], max_length: int, drops
     of the first response token), p_a [N], human [N] (1.0: by a human). Raises InputError when none fits the context."""
     rows, starts, kept = [], [], []
     for record in pairs:
-        prompt = tok.encode(prompts.dialogue(record["messages"], templates))
-        two = [prompt + tok.encode(prompts.completion(record[k])) + [tok.eos_id] for k in ("response_a", "response_b")]
+        prompt = tok.prompt(prompts.dialogue(record["messages"], templates))
+        said = [prompts.completion(record[k], templates) for k in ("response_a", "response_b")]
+        two = [prompt + tok.encode(text) + [tok.eos_id] for text in said]
         if drops.keep(max(map(len, two)) <= max_length, "longer than the context"):
             rows += two
             starts.append(len(prompt))

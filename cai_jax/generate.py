@@ -89,7 +89,7 @@ class Request(NamedTuple):
 
 def fits(lm: LM, context: str, max_tokens: int) -> bool:
     """Whether the model's context holds this one and max_tokens more."""
-    return len(lm.tok.encode(context)) + max_tokens <= lm.cfg.max_length
+    return len(lm.tok.prompt(context)) + max_tokens <= lm.cfg.max_length
 
 
 def sample_texts(
@@ -111,7 +111,7 @@ def sample_texts(
     `stoppable`: after SIGTERM a batch is the last one, and Stopped is raised.
     """
     stage = journal.path.parent.name
-    todo = [(lm.tok.encode(r.context), r) for r in requests if r.key not in journal.done]
+    todo = [(lm.tok.prompt(r.context), r) for r in requests if r.key not in journal.done]
     for ids, r in todo:
         if len(ids) + sampling.max_tokens > lm.cfg.max_length:
             raise InputError(
@@ -145,7 +145,7 @@ def _sample_batch(lm: LM, rows, size: int, sampling: Sampling, seed: int, stage:
         on_mesh["tokens"],
         on_mesh["lengths"],
         record_keys(jax.random.key(seed), on_mesh["addresses"]),
-        jnp.array([lm.tok.eos_id], jnp.int32),
+        jnp.array(lm.tok.stop_ids, jnp.int32),
         jnp.float32(1.0 if greedy else sampling.temperature),
         max_new=sampling.max_tokens,
         top_p=sampling.top_p,

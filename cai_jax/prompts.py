@@ -7,6 +7,8 @@ form. A conversation is a list of messages, `{"role": "user" | "assistant", "con
 
 import re
 
+from cai_jax.tokenizer import MARKS
+
 USER, ASSISTANT = "user", "assistant"
 OPTIONS = (" (A)", " (B)")  # scored as whole strings, leading space included: the context ends in a colon
 
@@ -15,6 +17,10 @@ TEMPLATES = {
     "user": "\n\nHuman: {text}",
     "assistant": "\n\nAssistant: {text}",
     "reply": "\n\nAssistant:",
+    "completion": " {text}",  # what follows a cue, so that both together read as the field's transcripts do
+    "close": "",  # what ends a completed turn before another begins
+    "quoted_user": "\n\nHuman: {text}",  # messages inside a comparison
+    "quoted_assistant": "\n\nAssistant: {text}",
     "critique": "\n\nCritiqueRequest: {request}\n\nCritique:",
     "revision": "\n\nRevisionRequest: {request}\n\nRevision:",
     "comparison": "\n\nConsider the following conversation between a human and an assistant:{conversation}"
@@ -27,8 +33,9 @@ TURNS = (USER, ASSISTANT, "reply", "critique", "revision")  # the templates that
 
 
 def fill(name: str, templates=TEMPLATES, **fields: str) -> str:
-    """The template called `name` with its fields replaced in one pass: what a field holds is never filled again."""
-    return re.sub(r"\{(\w+)\}", lambda m: fields[m[1]], templates[name])
+    """The template called `name` with its fields replaced in one pass: what a field holds is never filled again, and never
+    stands for a control token (see tokenizer.MARKS)."""
+    return re.sub(r"\{(\w+)\}", lambda m: MARKS.sub("\ufffd", fields[m[1]]), templates[name])
 
 
 def turns(messages: list[dict], templates=TEMPLATES) -> str:
@@ -41,26 +48,28 @@ def dialogue(messages: list[dict], templates=TEMPLATES) -> str:
     return turns(messages, templates) + templates["reply"]
 
 
-def completion(text: str) -> str:
-    """What follows a cue: one space and the text, so that prompt + completion reads as the field's transcripts do."""
-    return " " + text.strip()
+def completion(text: str, templates=TEMPLATES) -> str:
+    """What follows a cue, as it would have been sampled."""
+    return fill("completion", templates, text=text.strip())
 
 
 def critique(messages: list[dict], response: str, request: str, templates=TEMPLATES) -> str:
     """The exchange so far and a critique request; the model continues with the critique (paper 3.1)."""
-    return dialogue(messages, templates) + completion(response) + fill("critique", templates, request=request)
+    said = dialogue(messages, templates) + completion(response, templates)
+    return said + templates["close"] + fill("critique", templates, request=request)
 
 
 def revision(context: str, critique_text: str | None, request: str, templates=TEMPLATES) -> str:
     """`context` (ending in the critique cue, or in the response when there was no critique), the critique, and a
     revision request; the model continues with the revision."""
-    middle = "" if critique_text is None else completion(critique_text)
-    return context + middle + fill("revision", templates, request=request)
+    middle = "" if critique_text is None else completion(critique_text, templates)
+    return context + middle + templates["close"] + fill("revision", templates, request=request)
 
 
 def comparison(messages: list[dict], question: str, a: str, b: str, templates=TEMPLATES) -> str:
     """A question on two responses that OPTIONS answer (paper 4.1). The option log-probs are read after it."""
-    return fill("comparison", templates, conversation=turns(messages, templates), question=question, a=a.strip(), b=b.strip())
+    quoted = "".join(fill(f"quoted_{m['role']}", templates, text=m["content"].strip()) for m in messages)
+    return fill("comparison", templates, conversation=quoted, question=question, a=a.strip(), b=b.strip())
 
 
 def reasoning(messages: list[dict], question: str, a: str, b: str, templates=TEMPLATES) -> str:
@@ -71,7 +80,7 @@ def reasoning(messages: list[dict], question: str, a: str, b: str, templates=TEM
 
 def verdict(context: str, thought: str, templates=TEMPLATES) -> str:
     """The reasoning context, the thought, and a new turn that OPTIONS answer."""
-    return context + completion(thought) + templates["verdict"]
+    return context + completion(thought, templates) + templates["close"] + templates["verdict"]
 
 
 def few_shot_critique(blocks, templates=TEMPLATES, direct: bool = False) -> str:
@@ -83,10 +92,11 @@ def few_shot_critique(blocks, templates=TEMPLATES, direct: bool = False) -> str:
 def _worked_critique(block, templates, direct: bool) -> str:
     messages = [{"role": USER, "content": block.user}]
     if direct:
-        context, thought = dialogue(messages, templates) + completion(block.response), None
+        context, thought = dialogue(messages, templates) + completion(block.response, templates), None
     else:
         context, thought = critique(messages, block.response, block.critique_request, templates), block.critique
-    return revision(context, thought, block.revision_request, templates) + completion(block.revision)
+    revised = revision(context, thought, block.revision_request, templates) + completion(block.revision, templates)
+    return revised + templates["close"]
 
 
 def few_shot_comparison(blocks, principles, templates=TEMPLATES) -> str:
@@ -99,14 +109,14 @@ def few_shot_comparison(blocks, principles, templates=TEMPLATES) -> str:
 
 def _worked_comparison(block, principle, templates) -> str:
     context = comparison([{"role": USER, "content": block.user}], principle.comparison, block.a, block.b, templates)
-    return context + OPTIONS["AB".index(block.better)]
+    return context + OPTIONS["AB".index(block.better)] + templates["close"]
 
 
 def stops(templates=TEMPLATES) -> tuple[str, ...]:
     """Where a model's own text ends when it goes on: what the templates of a turn write around their fields, such as
-    '\\n\\nHuman:' and '\\n\\nCritique:'."""
+    '\\n\\nHuman:' and '\\n\\nCritique:'. What is written with control tokens ends by those."""
     written = [part.rstrip() for name in TURNS for part in re.split(r"\{\w+\}", templates[name])]
-    return tuple(dict.fromkeys(filter(None, written)))
+    return tuple(dict.fromkeys(part for part in written if part and not MARKS.search(part)))
 
 
 def read_back(text: str, templates=TEMPLATES) -> str:

@@ -1,10 +1,19 @@
 """Text <-> token ids. The only file that imports transformers' tokenizers."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cai_jax.workdir import InputError
+from cai_jax.workdir import InputError, read_json
+
+# Control tokens in a string: noncharacters of Unicode, which no text for interchange holds. Number i stands for controls[i].
+MARKS = re.compile(r"[\ufdd0-\ufdef]")
+
+
+def mark(i: int) -> str:
+    """The character that stands for control token `i` of a tokenizer's `controls`."""
+    return chr(0xFDD0 + i)
 
 
 @dataclass(frozen=True)
@@ -15,13 +24,31 @@ class Tokenizer:
     hf: Any
     eos_id: int
     pad_id: int
+    start: tuple[int, ...] = ()  # what every prompt begins with: BOS, a system prompt
+    controls: tuple[int, ...] = ()  # control tokens that templates may write, by their marks
+    also_end: tuple[int, ...] = ()  # tokens besides EOS that end a text
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return (self.eos_id, *(i for i in self.also_end if i != self.eos_id))
 
     @property
     def vocab_size(self) -> int:
         return len(self.hf)
 
+    def prompt(self, text: str) -> list[int]:
+        """Ids of a whole context: `start` and the text."""
+        return [*self.start, *self.encode(text)]
+
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text. A control token spelled out in `text` stays text; nothing is added."""
+        """Ids of text. A control token spelled out in it stays text, its mark does not; nothing is added."""
+        ids = []
+        for part in re.split(f"({MARKS.pattern})", text) if self.controls else [text]:
+            at = ord(part) - ord(mark(0)) if MARKS.fullmatch(part) else len(self.controls)
+            ids += [self.controls[at]] if at < len(self.controls) else self._plain(part)
+        return ids
+
+    def _plain(self, text: str) -> list[int]:
         ids = self.hf(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         control = set(self.hf.all_special_ids) - {self.hf.unk_token_id} | {self.eos_id, self.pad_id}
         if control.isdisjoint(ids):
@@ -40,8 +67,8 @@ class Tokenizer:
         A tokenizer may join the end of the context with the start of an option; the context given back is the part that
         all encodings share, and each option is what follows it, so log-probs of whole options can be compared.
         """
-        context_ids = self.encode(context)
-        full = [self.encode(context + o) for o in options]
+        context_ids = self.prompt(context)
+        full = [self.prompt(context + o) for o in options]
         shared = len(context_ids)
         while shared and any(ids[:shared] != context_ids[:shared] for ids in full):
             shared -= 1
@@ -63,4 +90,12 @@ def load(path: str) -> Tokenizer:
     if hf.eos_token_id is None:
         raise InputError(f"the tokenizer at {path} has no eos_token, so no response could end")
     pad = hf.pad_token_id if hf.pad_token_id is not None else hf.eos_token_id
-    return Tokenizer(hf, hf.eos_token_id, pad)
+    first = hf("a")["input_ids"][:1]
+    start = tuple(first) if hf.bos_token_id is not None and first == [hf.bos_token_id] else ()
+    return Tokenizer(hf, hf.eos_token_id, pad, start, also_end=_ends(Path(path) / "generation_config.json"))
+
+
+def _ends(file: Path) -> tuple[int, ...]:
+    """The ids that end a text by a checkpoint's generation_config.json, which may list several."""
+    ends = read_json(file).get("eos_token_id") if file.is_file() else None
+    return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)

@@ -16,7 +16,7 @@ TIERS = (
     {"config", "records", "sharding"},
     {"constitution", "losses", "sampling", "metrics", "optim", "checkpoints", "tokenizer"},
     {"prompts", "models", "figures", "markup"},  # 1
-    {"data"},
+    {"data", "formats"},
     {"generate", "score"},  # 2
     {"train"},  # 3
     {"stages", "miniworld", "evaluation"},  # 4: evaluation stands between what stages share and the stages

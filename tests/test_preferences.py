@@ -231,7 +231,7 @@ def test_lesson_17_pairs_that_outgrow_the_judge_are_counted(monkeypatch, thinks)
 # What the reward model reads
 
 END = 0  # of a tokenizer of bytes, where pad and end are one id that texts hold as well
-BYTES = SimpleNamespace(encode=lambda text: list(text.encode()), eos_id=END, pad_id=END)
+BYTES = SimpleNamespace(encode=lambda text: list(text.encode()), prompt=lambda x: list(x.encode()), eos_id=END, pad_id=END)
 
 
 def comparison(a, b, p_a, question="Well?"):

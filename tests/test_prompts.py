@@ -93,14 +93,16 @@ def test_templates_of_a_constitution_are_used_everywhere():
     own = {name: f"<{name}>" + "".join(f"{{{field}}}" for field in sorted(fields)) for name, fields in FIELDS.items()}
     block, principle = CritiqueBlock("q", "r", "cr", "c", "rr", "v"), Principle("p", "c", "C", "R", "?")
     assert prompts.dialogue(TWO, own) == "<user>Hello?<assistant>Hi.<user>And now?<reply>"
-    assert prompts.critique(ONE, "r", "cr", own) == "<user>Hello?<reply> r<critique>cr"
-    assert prompts.revision("x", "c", "rr", own) == "x c<revision>rr"
-    assert prompts.comparison(ONE, "?", "x", "y", own) == "<comparison>xy<user>Hello??"
+    assert prompts.critique(ONE, "r", "cr", own) == "<user>Hello?<reply><completion>r<close><critique>cr"
+    assert prompts.revision("x", "c", "rr", own) == "x<completion>c<close><revision>rr"
+    assert prompts.comparison(ONE, "?", "x", "y", own) == "<comparison>xy<quoted_user>Hello??"
     assert prompts.reasoning(ONE, "?", "x", "y", own) == "<reasoning>xy\n\nH: Hello??"
-    assert prompts.verdict("x", "t", own) == "x t<verdict>"
-    assert prompts.few_shot_critique([block], own) == "<user>q<reply> r<critique>cr c<revision>rr v"
-    assert prompts.few_shot_critique([block], own, direct=True) == "<user>q<reply> r<revision>rr v"
-    assert prompts.few_shot_comparison([ComparisonBlock("q", "x", "y", "B")], [principle], own) == "<comparison>xy<user>q? (B)"
+    assert prompts.verdict("x", "t", own) == "x<completion>t<close><verdict>"
+    start, end = "<user>q<reply><completion>r<close>", "<revision>rr<completion>v<close>"
+    assert prompts.few_shot_critique([block], own) == start + "<critique>cr<completion>c<close>" + end
+    assert prompts.few_shot_critique([block], own, direct=True) == start + end
+    worked = prompts.few_shot_comparison([ComparisonBlock("q", "x", "y", "B")], [principle], own)
+    assert worked == "<comparison>xy<quoted_user>q? (B)<close>"
 
 
 BRACES = r"{request} {text} {a} {} {0} \1 \g<0> %s {question!r}"

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from cai_jax import checkpoints, prompts, tokenizer
+from cai_jax import checkpoints, formats, prompts, tokenizer
 from cai_jax import constitution as constitutions
 from cai_jax.config import Config, as_dict
 from cai_jax.models import LM, compute_dtype, hf
@@ -24,7 +24,13 @@ OF_INIT = {"base": "base", "sft": "sl_cai"}  # values of --config.*.init and .po
 
 
 def load_constitution(cfg: Config) -> constitutions.Constitution:
-    return constitutions.load(cfg.constitution.path, cfg.constitution.exclude, templates=prompts.TEMPLATES)
+    templates = prompts.TEMPLATES if cfg.model.format == "plain" else load_format(cfg)[1]
+    return constitutions.load(cfg.constitution.path, cfg.constitution.exclude, templates=templates)
+
+
+def load_format(cfg: Config) -> tuple[tokenizer.Tokenizer, dict[str, str]]:
+    """The base's tokenizer and the templates it is talked to with."""
+    return formats.load(tokenizer.load(cfg.model.path), cfg.model.format, cfg.model.system)
 
 
 def inputs_of(
@@ -36,6 +42,7 @@ def inputs_of(
         "seed": cfg.seed,
         "compute_dtype": compute_dtype(cfg.model.compute_dtype).name,
         "model": digest(cfg.model.path),
+        "format": [cfg.model.format, cfg.model.system],
         "files": {name: digest(path) for name, path in (files or {}).items() if path},
         "stages": {stage: outputs(stage, workdir) for stage in after},
     }
@@ -43,7 +50,7 @@ def inputs_of(
 
 def load_lm(cfg: Config, workdir: Path, mesh, name: str = "base", trained: bool = False) -> LM:
     """A model of the run by name (see MODELS). Parameters are float32 to be trained, of the compute dtype when frozen."""
-    arch, tok = hf.padded(hf.read_config(cfg.model.path), cfg.model.vocab_multiple), tokenizer.load(cfg.model.path)
+    arch, tok = hf.padded(hf.read_config(cfg.model.path), cfg.model.vocab_multiple), load_format(cfg)[0]
     if tok.vocab_size > arch.vocab_size:
         raise InputError(f"{cfg.model.path}: the tokenizer has {tok.vocab_size} tokens, the model only {arch.vocab_size}")
     compute, stage = compute_dtype(cfg.model.compute_dtype), MODELS[name]

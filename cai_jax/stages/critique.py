@@ -79,7 +79,7 @@ def critique_and_revise(cfg: Config, constitution, sample, room, heat: list[floa
         """The prompt and the last revision, up to where the critique begins, or the revision request where there is none."""
         last = record["rounds"][-1]["revision"] if record["rounds"] else record["response"]
         if c.direct:
-            return few_shot + prompts.dialogue(record["messages"], templates) + prompts.completion(last)
+            return few_shot + prompts.dialogue(record["messages"], templates) + prompts.completion(last, templates)
         return few_shot + prompts.critique(record["messages"], last, principle.critique, templates)
 
     def turn(name: str, contexts: dict[str, str], n: int) -> dict[str, dict]:

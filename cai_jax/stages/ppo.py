@@ -120,7 +120,7 @@ def iteration(cfg: Config, mesh, state: PPOState, step, frozen: Frozen, pool, ke
         batch["tokens"],
         batch["lengths"],
         record_keys(key, addresses),
-        jnp.array([reference.tok.eos_id], jnp.int32),
+        jnp.array(reference.tok.stop_ids, jnp.int32),
         jnp.float32(c.sampling.temperature),
         max_new=c.sampling.max_tokens,
     )
@@ -268,7 +268,7 @@ class PromptPool:
         self.seed = cfg.seed
         files = (("redteam", cfg.data.redteam, cfg.data.max_redteam), ("helpful", cfg.data.helpful, cfg.data.max_helpful))
         self.rows = {
-            name: [lm.tok.encode(prompts.dialogue(p["messages"], templates)) for p in load_prompts(path, limit, f"data.{name}")]
+            name: [lm.tok.prompt(prompts.dialogue(p["messages"], templates)) for p in load_prompts(path, limit, f"data.{name}")]
             for name, path, limit in files
         }
         longest = max(len(r) for rows in self.rows.values() for r in rows)

@@ -43,8 +43,8 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     given, pairs = targets(cfg, workdir, drops)
     examples = []
     for messages, text in pairs:
-        prompt = lm.tok.encode(prompts.dialogue(messages, templates))
-        examples.append((prompt + lm.tok.encode(prompts.completion(text)) + [lm.tok.eos_id], len(prompt)))
+        prompt = lm.tok.prompt(prompts.dialogue(messages, templates))
+        examples.append((prompt + lm.tok.encode(prompts.completion(text, templates)) + [lm.tok.eos_id], len(prompt)))
     rows = pack(examples, c.length, drops)
     kept = int(sum(rows["segments"].max(axis=1)))
     batch_at, steps = epochs(rows, c.rows, c.epochs, cfg.seed, STAGE)
