@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cai_jax import prompts, records
+from cai_jax import prompts, records, sources
 from cai_jax.prompts import ASSISTANT, USER
 from cai_jax.workdir import InputError
 
@@ -29,31 +29,31 @@ def _check_messages(record: dict, where: str) -> None:
         raise InputError(f"{where}: the last message must be the user's, it is the {messages[-1]['role']}'s")
 
 
-def _load(path: str, limit: int, required: tuple[str, ...], flag: str) -> list[dict]:
-    items = records.read(path, ("id", "messages", *required))
+def _load(rows_of, path: str, limit: int, flag: str) -> list[dict]:
+    """What `rows_of`, a reader of sources.py, finds, checked."""
+    try:
+        items = rows_of(path, limit)
+    except InputError as error:
+        raise InputError(f"{error} (--config.{flag})") from error
     seen = set()
     for item in items:
         where = f"{path}: record {item['id']!r} (--config.{flag})"
         _check_messages(item, where)
-        if not isinstance(item["id"], str):
-            raise InputError(f"{where}: the id is a {type(item['id']).__name__}, wanted text")
         if item["id"] in seen:
             raise InputError(f"{where}: the id stands twice; ids key the sampling noise, so they must differ")
         seen.add(item["id"])
-    if not items:
-        raise InputError(f"{path}: no records (--config.{flag})")
-    return items[:limit] if limit else items
+    return items
 
 
 def load_prompts(path: str, limit: int, flag: str) -> list[dict]:
-    """Prompt records {"id", "messages", ...}. Raises InputError naming file, record and flag."""
-    return _load(path, limit, (), flag)
+    """Prompt records {"id", "messages", ...} of a source. Raises InputError naming file, record and flag."""
+    return _load(sources.prompts, path, limit, flag)
 
 
 def load_comparisons(path: str, limit: int, flag: str) -> list[dict]:
     """Comparison records {"id", "messages", "response_a", "response_b", "p_a"}; p_a in [0, 1] is P(a is better); "source" is
     "human" unless the file says otherwise."""
-    items = _load(path, limit, ("response_a", "response_b", "p_a"), flag)
+    items = _load(sources.comparisons, path, limit, flag)
     for item in items:
         for name in ("response_a", "response_b"):
             if not isinstance(item[name], str):

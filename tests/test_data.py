@@ -190,8 +190,7 @@ def test_load_prompts_keeps_order_extras_and_limit(file):
 @pytest.mark.parametrize(
     "record, wanted",
     [
-        ({"id": "x"}, "lacks 'messages'"),
-        ({"messages": [USER]}, "lacks 'id'"),
+        ({"id": "x"}, "no prompt in it"),
         ({"id": "x", "messages": []}, "no messages"),
         ({"id": "x", "messages": "Hello?"}, "wanted a list"),
         ({"id": "x", "messages": ["Hello?"]}, "a message must be"),
@@ -199,7 +198,6 @@ def test_load_prompts_keeps_order_extras_and_limit(file):
         ({"id": "x", "messages": [{"role": "user", "content": None}]}, "a message must be"),
         ({"id": "x", "messages": [{"role": "user", "content": " \n"}]}, "a message of the user is empty"),
         ({"id": "x", "messages": [USER, REPLY]}, "the last message must be the user's"),
-        ({"id": 7, "messages": [USER]}, "the id is a int"),
         ({"id": ["x"], "messages": [USER]}, "the id is a list"),
         ({"id": "a", "messages": [USER]}, "the id stands twice"),
     ],
@@ -209,7 +207,7 @@ def test_a_bad_prompt_names_file_and_fault(file, record, wanted):
     with pytest.raises(InputError) as e:
         load_prompts(path, 0, "data.redteam")
     assert wanted in str(e.value) and path in str(e.value)
-    assert "lacks" in wanted or ("--config.data.redteam" in str(e.value) and repr(record["id"]) in str(e.value))
+    assert "--config.data.redteam" in str(e.value) and (repr(record["id"]) in str(e.value) or "record 2" in str(e.value))
 
 
 def test_a_file_without_records_names_the_flag(file):

@@ -16,7 +16,8 @@ TIERS = (
     {"config", "records", "sharding"},
     {"constitution", "losses", "sampling", "metrics", "optim", "checkpoints", "tokenizer"},
     {"prompts", "models", "figures", "markup"},  # 1
-    {"data", "formats"},
+    {"formats", "sources"},
+    {"data"},
     {"generate", "score"},  # 2
     {"train"},  # 3
     {"stages", "miniworld", "evaluation"},  # 4: evaluation stands between what stages share and the stages

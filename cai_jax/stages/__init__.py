@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from cai_jax import checkpoints, formats, prompts, tokenizer
+from cai_jax import checkpoints, formats, prompts, sources, tokenizer
 from cai_jax import constitution as constitutions
 from cai_jax.config import Config, as_dict
 from cai_jax.models import LM, compute_dtype, hf
@@ -43,7 +43,7 @@ def inputs_of(
         "compute_dtype": compute_dtype(cfg.model.compute_dtype).name,
         "model": digest(cfg.model.path),
         "format": [cfg.model.format, cfg.model.system],
-        "files": {name: digest(path) for name, path in (files or {}).items() if path},
+        "files": {name: sources.digest(path) for name, path in (files or {}).items() if path},
         "stages": {stage: outputs(stage, workdir) for stage in after},
     }
 
