@@ -218,3 +218,18 @@ def test_a_hub_id_is_fetched_without_code_or_pickles(monkeypatch):
     assert all(
         any(fnmatch(f, p) for p in asked["allow_patterns"]) for f in ("config.json", "model.safetensors", "tokenizer.model")
     )
+
+
+def test_no_device_reads_more_than_its_share_of_a_tensor(tmp_path, mesh8, monkeypatch):
+    """Heads, widths and the vocabulary are cut while reading: no block is larger than a quarter, as (fsdp, model) is (2, 2)."""
+    path, read, shares = write(tmp_path, tiny.UNTIED), hf.Folder.read, {}
+
+    def watched(self, name, index):
+        block = read(self, name, index)
+        shares.setdefault(name, set()).add(block.size / np.prod(self.shape(name)))
+        return block
+
+    monkeypatch.setattr(hf.Folder, "read", watched)
+    assert tiny.same_bits(hf.load(path, mesh8), tiny.params(tiny.UNTIED))
+    assert {s for name, found in shares.items() for s in found if "norm" not in name} == {1 / 4}
+    assert len(shares) == 2 * 9 + 3
