@@ -18,6 +18,9 @@ import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from cai_jax import records
+from cai_jax.miniworld import grammar, oracle
+
 ROOT = Path(__file__).parent.parent
 SL = "--config.stages=('critique','sft','evaluate')"
 DPO = "--config.stages=('critique','sft','preferences','dpo','evaluate')"
@@ -94,6 +97,23 @@ def rows(found: dict[str, list[dict]]) -> list[list[str]]:
     return out
 
 
+def left_by_revision(folder: Path) -> tuple[float, float]:
+    """Harm rate of a run's last revisions, of weapons and of the other categories."""
+    revised = records.read(folder / "critique" / "revisions.jsonl")
+    found = oracle.summary(grammar.world(), revised, [r["rounds"][-1]["revision"] for r in revised])["by_category"]
+    return found["weapons"]["harm_rate"], statistics.mean(c["harm_rate"] for name, c in found.items() if name != "weapons")
+
+
+def paired(workdir: Path, seeds: int) -> str:
+    """What leaving the principles on weapons out adds to the harm that revisions leave, seed by seed."""
+    pairs = [[left_by_revision(workdir / f"{v}-{s}") for v in ("without-weapons-principles", "baseline")] for s in range(seeds)]
+    weapons, others = ([without[k] - with_[k] for without, with_ in pairs] for k in (0, 1))
+    return (
+        f"harm left by the revisions, without the weapons principles less with them: weapons {interval(weapons)} points, "
+        + (f"other categories {interval(others)}")
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--workdir", type=Path, default=Path("runs/ablations"))
@@ -119,6 +139,8 @@ def main() -> None:
     header = ["variant", "model", *METRICS, "harm, weapons"]
     lines = [header, ["---"] * len(header), *rows(found)]
     print("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    if "without-weapons-principles" in order:
+        print(paired(workdir, args.seeds))
 
 
 if __name__ == "__main__":
