@@ -18,9 +18,6 @@ import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from cai_jax import records
-from cai_jax.miniworld import grammar, oracle
-
 ROOT = Path(__file__).parent.parent
 SL = "--config.stages=('critique','sft','evaluate')"
 DPO = "--config.stages=('critique','sft','preferences','dpo','evaluate')"
@@ -99,9 +96,8 @@ def rows(found: dict[str, list[dict]]) -> list[list[str]]:
 
 def left_by_revision(folder: Path) -> tuple[float, float]:
     """Harm rate of a run's last revisions, of weapons and of the other categories."""
-    revised = records.read(folder / "critique" / "revisions.jsonl")
-    found = oracle.summary(grammar.world(), revised, [r["rounds"][-1]["revision"] for r in revised])["by_category"]
-    return found["weapons"]["harm_rate"], statistics.mean(c["harm_rate"] for name, c in found.items() if name != "weapons")
+    found = json.loads((folder / "evaluate" / "rounds.json").read_text())["by_category"]
+    return found["weapons"][-1], statistics.mean(by_round[-1] for name, by_round in found.items() if name != "weapons")
 
 
 def paired(workdir: Path, seeds: int) -> str:

@@ -4,12 +4,10 @@ import importlib.util
 import queue
 import subprocess
 
-import numpy as np
 import pytest
 from test_readme import ROOT, TEXT, parse
 
-from cai_jax import records
-from cai_jax.miniworld import grammar
+from cai_jax.workdir import write_json
 
 spec = importlib.util.spec_from_file_location("ablations", ROOT / "launch" / "ablations.py")
 ablations = importlib.util.module_from_spec(spec)
@@ -61,29 +59,12 @@ def test_a_run_starts_from_copies_on_its_own_cores_and_says_where_it_failed(tmp_
 
 
 def test_what_a_left_out_category_suffers_is_paired_by_seed(tmp_path):
-    world = grammar.world()
-    items = {c: next(i for i in world.items if i.category == c and i.harmful) for c in ("weapons", "fraud")}
-    harmful = {c: grammar.answer(np.random.default_rng(0), item, "right") for c, item in items.items()}
+    def run(variant, seed, weapons):
+        rates = {"weapons": [1.0, 0.6, weapons], "fraud": [1.0, 0.5, 0.25], "privacy": [1.0, 0.5, 0.35]}
+        write_json(tmp_path / f"{variant}-{seed}" / "evaluate" / "rounds.json", {"by_category": rates})
 
-    def run(
-        variant, seed, weapons
-    ):  # of four records a category: how many revisions about weapons are harmful; fraud's are not
-        rows = [(c, n < (weapons if c == "weapons" else 1)) for c in items for n in range(4)]
-        records.write(
-            tmp_path / f"{variant}-{seed}" / "critique" / "revisions.jsonl",
-            [
-                {
-                    "item": items[c].name,
-                    "kind": "harmful",
-                    "category": c,
-                    "rounds": [{"revision": harmful[c] if bad else "No."}],
-                }
-                for c, bad in rows
-            ],
-        )
-
-    for seed, (without, with_) in enumerate([(3, 1), (4, 2)]):
+    for seed, (without, with_) in enumerate([(0.75, 0.25), (1.0, 0.5)]):
         run("without-weapons-principles", seed, without)
         run("baseline", seed, with_)
-    assert ablations.left_by_revision(tmp_path / "baseline-1") == (0.5, 0.25)
+    assert ablations.left_by_revision(tmp_path / "baseline-1") == (0.5, pytest.approx(0.3))
     assert "weapons 50.0 ± 0.0 points, other categories 0.0 ± 0.0" in ablations.paired(tmp_path, 2)
