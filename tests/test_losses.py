@@ -10,17 +10,8 @@ import pytest
 from cai_jax import losses as plain
 
 # Compiled once for all tests of a shape: one program instead of one per operation.
-NAMES = (
-    "masked_mean",
-    "whiten",
-    "cross_entropy",
-    "soft_preference_loss",
-    "preference_from_logprobs",
-    "dpo_loss",
-    "kl_k1",
-    "kl_k3",
-)
-NAMES += ("token_rewards", "gae", "ppo_policy_loss", "ppo_value_loss", "adapt_kl_coef", "explained_variance")
+NAMES = ("masked_mean", "cross_entropy", "soft_preference_loss", "preference_from_logprobs", "dpo_loss", "kl_k1", "kl_k3")
+NAMES += ("whiten", "token_rewards", "gae", "ppo_policy_loss", "ppo_value_loss", "adapt_kl_coef", "explained_variance")
 losses = SimpleNamespace(**{name: jax.jit(getattr(plain, name)) for name in NAMES})
 preference_slope = jax.jit(jax.grad(plain.soft_preference_loss))
 policy_slope = jax.jit(jax.value_and_grad(plain.ppo_policy_loss, has_aux=True))
