@@ -1,6 +1,7 @@
 """The mesh, the table of rules, and where arrays end up."""
 
 import re
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -33,6 +34,13 @@ WANTED = {  # of the reward model's parameters on any mesh
     "trunk/unembed/kernel": P("fsdp", "model"),
     "head/kernel": P(None, None),
     "head/bias": P(None),
+}
+OF_SOME_FAMILIES = {  # behind layers/
+    **{f"attention/{name}/bias": P(None, "model", None) for name in "qkv"},
+    **{f"mlp/{name}/bias": P(None, "model") for name in ("gate", "up")},
+    **{name: P(None, None) for name in ("attention/o/bias", "mlp/down/bias", "attention_norm/bias", "mlp_norm/bias")},
+    **{f"attention/{name}/{leaf}": P(None, None) for name in ("q_norm", "k_norm") for leaf in ("scale", "bias")},
+    **{f"{name}/{leaf}": P(None, None) for name in ("attention_out_norm", "mlp_out_norm") for leaf in ("scale", "bias")},
 }
 
 
@@ -91,7 +99,13 @@ def test_paths_of_dicts_named_tuples_and_lists_are_names():
 def test_every_parameter_has_the_spec_of_its_one_row_and_no_row_is_idle():
     shapes = by_name(jax.eval_shape(reward_init, jax.random.key(0)))
     assert {name: spec_of(name, x.shape) for name, x in shapes.items()} == WANTED
-    used = {pattern for name in shapes for pattern, _ in sharding.PARAM_RULES if re.search(r"(^|/)" + pattern, name)}
+    everything = replace(
+        tiny.UNTIED, norm="layer", norm_outputs=True, qk_norm="head", qkv_bias=True, out_bias=True, mlp_bias=True
+    )
+    more = by_name({"trunk": jax.eval_shape(lambda k: init_params(tiny.net(everything), k), jax.random.key(0))})
+    found = {name.removeprefix("trunk/"): spec_of(name, x.shape) for name, x in more.items() if name not in shapes}
+    assert found == {"final_norm/bias": P(None)} | {f"layers/{name}": spec for name, spec in OF_SOME_FAMILIES.items()}
+    used = {row for name in shapes | more for row, _ in sharding.PARAM_RULES if re.search(r"(^|/)" + row, name)}
     assert used == {pattern for pattern, _ in sharding.PARAM_RULES}
 
 
