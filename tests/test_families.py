@@ -169,6 +169,7 @@ def written(kind):
         ("llama", {"hidden_act": "relu"}, "hidden_act='relu'"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config="),
         ("llama", {"pretraining_tp": 2}, "pretraining_tp=2"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ("llama", {"rope_parameters": "(gone)", "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "rope_type='yarn'"),
         ("gemma3_text", {"attn_logit_softcapping": 30.0}, "attn_logit_softcapping=30.0"),

@@ -220,6 +220,40 @@ def test_a_hub_id_is_fetched_without_code_or_pickles(monkeypatch):
     )
 
 
+def test_a_device_of_padding_only_has_zeros(tmp_path, mesh8):
+    params = hf.load(write(tmp_path), mesh8, vocab_multiple=256)  # 98 rows over two devices of 128
+    table = np.asarray(params["embed"]["embedding"])
+    assert table.shape[0] == 256 and not table[98:].any()
+    np.testing.assert_array_equal(table[:98], tiny.params()["embed"]["embedding"])
+
+
+@pytest.mark.parametrize("cut", [4, 100, 20_000])
+def test_a_truncated_file_is_named(tmp_path, mesh, cut):
+    path = write(tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:cut])
+    with pytest.raises(InputError, match="model.safetensors: not a whole safetensors file .*fetch it again"):
+        hf.load(path, mesh)
+
+
+@pytest.mark.parametrize(
+    "index, message",
+    [
+        ({}, "wanted a weight_map"),
+        ({"weight_map": {"a": "../elsewhere.safetensors"}}, "wanted a weight_map of tensors to files beside it"),
+        (
+            {"weight_map": {"model.norm.weight": "gone.safetensors"}},
+            "missing from its safetensors|gone.safetensors: not a whole",
+        ),
+    ],
+)
+def test_a_broken_index_is_named(tmp_path, mesh, index, message):
+    path = write(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=message):
+        hf.load(path, mesh)
+
+
 def test_no_device_reads_more_than_its_share_of_a_tensor(tmp_path, mesh8, monkeypatch):
     """Heads, widths and the vocabulary are cut while reading: no block is larger than a quarter, as (fsdp, model) is (2, 2)."""
     path, read, shares = write(tmp_path, tiny.UNTIED), hf.Folder.read, {}

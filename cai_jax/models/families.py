@@ -41,7 +41,7 @@ READ = {  # the others that from_fields or transformers reads
     *("hidden_act", "hidden_activation", "head_dim", "num_key_value_heads", "attention_bias", "query_pre_attn_scalar"),
     *("attn_logit_softcapping", "final_logit_softcapping", "layer_types", "sliding_window", "use_sliding_window"),
     *("max_window_layers", "sliding_window_pattern", "_sliding_window_pattern", "rope_parameters", "rope_scaling"),
-    *("rope_theta", "rope_local_base_freq", "rotary_pct", "rotary_emb_base", "partial_rotary_factor", "model_type"),
+    *("rope_theta", "rope_local_base_freq", "rotary_pct", "rotary_emb_base", "model_type"),
 }
 ONLY = {  # fields with one implemented meaning
     "pretraining_tp": (1, None),
@@ -56,7 +56,7 @@ HARMLESS = {  # nothing that a forward pass computes
     *("eos_token_id", "pad_token_id", "sep_token_id", "_name_or_path", "attention_dropout", "hidden_dropout"),
     *("classifier_dropout", "cache_implementation", "_attn_implementation", "_attn_implementation_autoset", "id2label"),
     *("label2id", "num_labels", "problem_type", "output_attentions", "output_hidden_states", "return_dict", "tokenizer_class"),
-    *("chunk_size_feed_forward", "max_sequence_length", "rope_scaling_factor"),
+    "chunk_size_feed_forward",
 }
 ROPE = {  # rope_type -> what it needs, all of it implemented
     "default": (),

@@ -88,7 +88,10 @@ class Folder:
         self.path, single = Path(path), Path(path) / "model.safetensors"
         index = self.path / "model.safetensors.index.json"
         if index.is_file():
-            self.file = {name: self.path / file for name, file in read_json(index)["weight_map"].items()}
+            names = read_json(index).get("weight_map")
+            if not isinstance(names, dict) or any(not isinstance(f, str) or Path(f).name != f for f in names.values()):
+                raise InputError(f"{index}: wanted a weight_map of tensors to files beside it; fetch it again")
+            self.file = {name: self.path / file for name, file in names.items()}
         elif single.is_file():
             with self._open(single) as f:
                 self.file = dict.fromkeys(f.keys(), single)
@@ -134,7 +137,9 @@ def read_block(read, kind: str, shape: tuple[int, ...], index: tuple[slice, ...]
     block_shape = [len(at[axis]) for axis in ours]
     at |= {"3": range(part, part + 1)} if part is not None else {}
     if "v" in at:
-        at["v"] = range(at["v"].start, max(at["v"].start, min(at["v"].stop, vocab_size)))
+        at["v"] = range(at["v"].start, min(at["v"].stop, vocab_size))
+        if not at["v"]:  # a device of padding only
+            return np.zeros(block_shape, np.float32)
     outer, view, inner = [], [], []
     for group in theirs.split():  # the first axis of a group is cut while reading, the others after it
         step = math.prod(size[axis] for axis in group[1:])
