@@ -31,6 +31,7 @@ setup(
         "test": [
             "pytest>=9.0",
             "ruff>=0.15",
+            "peft>=0.21",  # tests only: adapters loaded and compared
             "torch==2.13.0",  # tests only: logits compared with transformers; one version, so that the comparison stays put
         ],
     },

@@ -14,13 +14,34 @@ STAGES = ("pretrain", "critique", "sft", "preferences", "reward", "dpo", "ppo", 
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """A model of its own for one part of the method; its keys mean what they mean in `Model`."""
+
+    path: str = ""  # empty: none of its own
+    format: str = "plain"
+    system: str = ""
+
+
+@dataclass(frozen=True)
 class Model:
     path: str = "cai_jax/miniworld/base"  # Hugging Face folder, or owner/name@revision: the helpful-only base, also the judge
     format: str = "plain"  # plain: Human/Assistant transcripts; chat: the chat template of the checkpoint's tokenizer
     system: str = ""  # a system prompt
-    compute_dtype: str = "auto"  # auto: float32 on CPU, bfloat16 on accelerators
+    compute_dtype: str = "auto"  # auto: float32 on CPU, bfloat16 on accelerators; frozen weights are of it too
+    trained_dtype: str = "float32"  # of trained weights; bfloat16 rounds each update at random, so that small ones count
     vocab_multiple: int = 1  # rows of the embedding are padded to a multiple of it, so that a mesh divides them
-    remat: bool = False  # recompute each layer in the backward pass: less memory, about a third more time
+    remat: str = "none"  # none | full: recompute each layer in the backward pass, a third more time | dots: all but products
+    layers: str = "scanned"  # scanned: one layer is compiled, for any depth | unrolled: all are, to be faster on some machines
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (2106.09685): the stages train these beside the frozen weights of the model that they start from."""
+
+    rank: int = 0  # 0: none, every weight is trained
+    alpha: float = 16.0  # the product of an adapter's two matrices counts alpha / rank times
+    targets: str = "attention/[qkvo]|mlp/(gate|up|down)"  # regular expression: the matrices of a layer that get one
+    stages: tuple[str, ...] = ("sft", "reward", "dpo", "ppo")  # which train adapters; the others train every weight
 
 
 @dataclass(frozen=True)
@@ -31,6 +52,8 @@ class Data:
     max_redteam: int = 0  # use the first N prompts; 0: all
     max_helpful: int = 0  # likewise
     max_comparisons: int = 0  # likewise
+    max_prompt: int = 0  # tokens; longer prompts are left out and counted; 0: a prompt that does not fit is an error
+    human_share: float = 0.0  # of all comparisons, reached by leaving human ones out; 0: all of them
 
 
 @dataclass(frozen=True)
@@ -79,6 +102,7 @@ class Pretrain:
 class Critique:
     rounds: int = 2  # critique-revision pairs per prompt; 0: the first response is the target
     temperature_end: float = 1.0  # of the last round; it goes linearly from sampling.temperature, that of the first response
+    greedy: bool = False  # critiques are greedy; responses and revisions keep their temperature
     direct: bool = False  # revise without a critique (paper, figure 7)
     use_principles: bool = True  # False: a request that names no principle
     few_shot: str = ""  # TOML of examples put before every critique and revision; empty: none
@@ -88,6 +112,7 @@ class Critique:
 
 @dataclass(frozen=True)
 class SFT:
+    model: Checkpoint = Checkpoint()  # what is fine-tuned, and with it every later policy; none: the model that revised
     revisions: str = "last"  # last | all: which rounds' revisions are targets (the paper uses all)
     epochs: int = 4
     rows: int = 8  # packed rows per step
@@ -99,7 +124,9 @@ class SFT:
 
 @dataclass(frozen=True)
 class Preferences:
+    judge: Checkpoint = Checkpoint()  # who compares; none: the base
     policy: str = "sft"  # sft | base: whose responses are compared
+    pairs: int = 1  # of responses, per prompt
     labels: str = "soft"  # soft | hard: p(A) as it is, or 0 / 1
     principles: int = 1  # drawn per comparison; more are averaged
     chain_of_thought: bool = False
@@ -112,6 +139,7 @@ class Preferences:
 
 @dataclass(frozen=True)
 class Reward:
+    model: Checkpoint = Checkpoint()  # what its trunk starts from, whatever `init` says; it may have a tokenizer of its own
     init: str = "sft"  # sft | base: what its trunk starts from
     epochs: int = 2
     batch_size: int = 32  # comparisons per step
@@ -129,7 +157,7 @@ class PPO:
     helpful_share: float = 0.5  # of the prompts of an iteration
     epochs: int = 2  # passes over the rollouts of an iteration
     minibatches: int = 4  # updates per pass
-    value_network: str = "separate"  # separate: starts as the reward model | shared: a head on the policy's trunk
+    value_network: str = "separate"  # separate: starts as reward model, or as policy where reward.model is set | shared: a head
     kl_coef: float = 0.2  # reward per nat, paid at every token; 1 reward: a standard deviation of the reward model's scores
     kl_adaptive: bool = False  # move kl_coef so that the KL per response nears kl_target
     kl_target: float = 1.0  # nats per response
@@ -174,6 +202,7 @@ class Config:
     seed: int = 0  # of all sampling, shuffling and initialisation
     mesh: tuple[int, int, int] = (-1, 1, 1)  # devices along ("data", "fsdp", "model"); one may be -1: what is left
     model: Model = Model()
+    lora: Lora = Lora()
     data: Data = Data()
     constitution: ConstitutionFile = ConstitutionFile()
     pretrain: Pretrain = Pretrain()
@@ -205,26 +234,9 @@ def section(cfg, kind: type):
     return kind(**values)
 
 
-CHOICES = {
-    "model.format": ("plain", "chat"),
-    "model.compute_dtype": ("auto", "float32", "bfloat16"),
-    "sft.revisions": ("last", "all"),
-    "preferences.policy": ("sft", "base"),
-    "preferences.labels": ("soft", "hard"),
-    "reward.init": ("sft", "base"),
-    "ppo.init": ("sft", "base"),
-    "ppo.value_network": ("separate", "shared"),
-}
-AT_LEAST_ONE = "epochs rows length batch_size microbatches minibatches max_tokens checkpoint_every score_batch".split()
-AT_LEAST_ONE += "principles kl_horizon num_layers num_heads num_kv_heads width mlp_width steps vocab_multiple".split()
-SHARES = ("helpful_share", "heldout_share", "top_p", "discount", "gae_lambda")
-ABOVE_ZERO = ("top_p", "clip_norm", "kl_target")
-NOT_NEGATIVE = ("rounds", "temperature", "temperature_end", "learning_rate", "kl_coef", "clip", "beta", "iterations", "limit")
-NOT_NEGATIVE += ("seed", "max_redteam", "max_helpful", "max_comparisons", "helpful_responses", "warmup_steps", "evaluate_every")
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot run. The message names the flag to change."""
+def as_dict(cfg) -> dict:
+    """A configuration (or a section) as plain nested dicts, for JSON."""
+    return dataclasses.asdict(cfg)
 
 
 def walk(cfg: Config, prefix: str = ""):
@@ -235,66 +247,3 @@ def walk(cfg: Config, prefix: str = ""):
             yield from walk(value, f"{prefix}{f.name}.")
         else:
             yield prefix + f.name, f.name, value
-
-
-def _require(good: bool, flag: str, got, wanted: str) -> None:
-    if not good:
-        raise ConfigError(f"--config.{flag}={got!r}: wanted {wanted}")
-
-
-def resolve(config) -> Config:
-    """ConfigDict -> Config, checked. Raises ConfigError that names the flag, what it got and what is wanted."""
-    cfg = section(config, Config)
-    for flag, name, value in walk(cfg):
-        _require(value is not None, flag, value, "a value")
-        if flag in CHOICES:
-            _require(value in CHOICES[flag], flag, value, "one of " + ", ".join(CHOICES[flag]))
-        if name in AT_LEAST_ONE:
-            _require(value >= 1, flag, value, "a whole number of at least 1")
-        if name in SHARES:
-            _require(0 <= value <= 1, flag, value, "a share between 0 and 1")
-        if name in ABOVE_ZERO:
-            _require(value > 0, flag, value, "more than zero")
-        if name in NOT_NEGATIVE:
-            _require(value >= 0, flag, value, "zero or more")
-    _check_stages(cfg)
-    _require(len(cfg.mesh) == 3 and all(isinstance(s, int) for s in cfg.mesh), "mesh", cfg.mesh, "three whole numbers")
-    for name in ("sft", "reward", "dpo"):
-        part = getattr(cfg, name)
-        rows = part.rows if name == "sft" else part.batch_size
-        _require(rows % part.microbatches == 0, f"{name}.microbatches", part.microbatches, f"a divisor of the batch, {rows}")
-    rows, parts = cfg.ppo.batch_size, cfg.ppo.minibatches
-    _require(rows % parts == 0, "ppo.minibatches", parts, f"a divisor of the batch, {rows}")
-    clamp = cfg.preferences.clamp
-    good = len(clamp) == 2 and all(isinstance(x, int | float) for x in clamp) and 0 <= clamp[0] < clamp[1] <= 1
-    _require(good, "preferences.clamp", clamp, "two bounds with 0 <= low < high <= 1")
-    thinks, shown = cfg.preferences.chain_of_thought, cfg.preferences.few_shot
-    _require(not (thinks and shown), "preferences.few_shot", shown, "none with chain_of_thought: the blocks hold no thoughts")
-    heat, top_p = cfg.ppo.sampling.temperature, cfg.ppo.sampling.top_p
-    _require(heat > 0, "ppo.sampling.temperature", heat, "more than zero: rollouts are sampled")
-    _require(top_p == 1, "ppo.sampling.top_p", top_p, "1: rollouts are scored under the whole distribution")
-    return cfg
-
-
-def _check_stages(cfg: Config) -> None:
-    stages = cfg.stages
-    for stage in stages:
-        _require(stage in STAGES, "stages", stage, "stages out of " + ", ".join(STAGES))
-    _require(len(set(stages)) == len(stages), "stages", stages, "each stage once")
-    order = [STAGES.index(s) for s in stages]
-    _require(order == sorted(order), "stages", stages, "the order " + ", ".join(STAGES))
-    needs = {
-        "sft": ("critique",),
-        "preferences": ("sft",) if cfg.preferences.policy == "sft" else (),
-        "reward": ("preferences",) + (("sft",) if cfg.reward.init == "sft" else ()),
-        "dpo": ("preferences", "sft"),
-        "ppo": ("reward",) + (("sft",) if cfg.ppo.init == "sft" else ()),
-    }
-    for stage in stages:
-        for need in needs.get(stage, ()):
-            _require(need in stages, "stages", stages, f"{need}, which {stage} reads (stages already done are skipped)")
-
-
-def as_dict(cfg) -> dict:
-    """A configuration (or a section) as plain nested dicts, for JSON."""
-    return dataclasses.asdict(cfg)

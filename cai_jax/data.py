@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from cai_jax import prompts, records, sources
+from cai_jax.config import Data
 from cai_jax.prompts import ASSISTANT, USER
 from cai_jax.workdir import InputError
 
@@ -16,44 +17,50 @@ def bucket(length: int) -> int:
     return next((b for b in BUCKETS if length <= b), -(-length // BUCKETS[-1]) * BUCKETS[-1])
 
 
-def _check_messages(record: dict, where: str) -> None:
-    messages = record["messages"]
+def _fault(messages) -> str:
+    """What is wrong with the messages of a record; "" when nothing is."""
     if not isinstance(messages, list) or not messages:
-        raise InputError(f"{where}: no messages; wanted a list of at least one, from the user")
+        return "no messages; wanted a list of at least one, from the user"
     for m in messages:
         if not isinstance(m, dict) or m.get("role") not in (USER, ASSISTANT) or not isinstance(m.get("content"), str):
-            raise InputError(f"{where}: a message must be {{'role': 'user' | 'assistant', 'content': text}}, got {m!r:.80}")
+            return f"a message must be {{'role': 'user' | 'assistant', 'content': text}}, got {m!r:.80}"
         if not m["content"].strip():
-            raise InputError(f"{where}: a message of the {m['role']} is empty")
-    if messages[-1]["role"] != USER:
-        raise InputError(f"{where}: the last message must be the user's, it is the {messages[-1]['role']}'s")
+            return f"a message of the {m['role']} is empty"
+    last = messages[-1]["role"]
+    return "" if last == USER else f"the last message must be the user's, it is the {last}'s"
 
 
-def _load(rows_of, path: str, limit: int, flag: str) -> list[dict]:
-    """What `rows_of`, a reader of sources.py, finds, checked."""
+def _load(rows_of, path: str, limit: int, flag: str, drops: records.Drops | None) -> list[dict]:
+    """What `rows_of`, a reader of sources.py, finds, checked. With `drops`, a transcript that is no dialogue is counted there:
+    collected dialogues have some."""
     try:
         items = rows_of(path, limit)
     except InputError as error:
         raise InputError(f"{error} (--config.{flag})") from error
-    seen = set()
+    seen, kept = set(), []
     for item in items:
-        where = f"{path}: record {item['id']!r} (--config.{flag})"
-        _check_messages(item, where)
+        where, fault = f"{path}: record {item['id']!r} (--config.{flag})", _fault(item["messages"])
         if item["id"] in seen:
             raise InputError(f"{where}: the id stands twice; ids key the sampling noise, so they must differ")
         seen.add(item["id"])
-    return items
+        if not fault:
+            kept.append(item)
+        elif drops is None or not {"chosen", "transcript"} & item.keys():
+            raise InputError(f"{where}: {fault}")
+        else:
+            drops.keep(False, "a transcript that is no dialogue")
+    return kept
 
 
-def load_prompts(path: str, limit: int, flag: str) -> list[dict]:
+def load_prompts(path: str, limit: int, flag: str, drops: records.Drops | None = None) -> list[dict]:
     """Prompt records {"id", "messages", ...} of a source. Raises InputError naming file, record and flag."""
-    return _load(sources.prompts, path, limit, flag)
+    return _load(sources.prompts, path, limit, flag, drops)
 
 
-def load_comparisons(path: str, limit: int, flag: str) -> list[dict]:
+def load_comparisons(path: str, limit: int, flag: str, drops: records.Drops | None = None) -> list[dict]:
     """Comparison records {"id", "messages", "response_a", "response_b", "p_a"}; p_a in [0, 1] is P(a is better); "source" is
     "human" unless the file says otherwise."""
-    items = _load(sources.comparisons, path, limit, flag)
+    items = _load(sources.comparisons, path, limit, flag, drops)
     for item in items:
         for name in ("response_a", "response_b"):
             if not isinstance(item[name], str):
@@ -61,6 +68,52 @@ def load_comparisons(path: str, limit: int, flag: str) -> list[dict]:
         if not isinstance(item["p_a"], int | float) or not 0 <= item["p_a"] <= 1:
             raise InputError(f"{path}: record {item['id']!r}: p_a={item['p_a']!r}, wanted a number from 0 to 1")
     return [{"source": "human"} | item for item in items]
+
+
+def said(record: dict) -> str:
+    """What makes two prompts the same: roles and texts, but for white space."""
+    return "\x1e".join(f"{m['role']}\x1f{' '.join(m['content'].split())}" for m in record["messages"])
+
+
+def load_pool(data: Data, name: str, tok, templates) -> tuple[list[dict], dict]:
+    """The prompts of the pipeline called `name`, "redteam" or "helpful", each once, none longer than data.max_prompt tokens,
+    and no helpful one that is a red-team prompt too. -> (records, counts)."""
+    drops, kept, seen = records.Drops(), [], set()
+    found = load_prompts(getattr(data, name), getattr(data, f"max_{name}"), f"data.{name}", drops)
+    given = len(found) + drops.reasons.total()
+    redteam = load_prompts(data.redteam, data.max_redteam, "data.redteam", records.Drops()) if name == "helpful" else []
+    other = set(map(said, redteam))
+    for record in found:
+        text, ids = said(record), tok.prompt(prompts.dialogue(record["messages"], templates)) if data.max_prompt else ()
+        if (
+            drops.keep(text not in seen, "the same prompt again")
+            and drops.keep(text not in other, "a red-team prompt too")
+            and drops.keep(len(ids) <= data.max_prompt or not data.max_prompt, f"longer than {data.max_prompt} tokens")
+        ):
+            kept.append(record)
+        seen.add(text)
+    if not kept:
+        raise InputError(f"{getattr(data, name)}: no prompt is left: {dict(drops.reasons)} (--config.data.{name})")
+    return kept, drops.counts(given, len(kept))
+
+
+def load_human(data: Data, ai: int, drops: records.Drops) -> tuple[list[dict], int]:
+    """Human comparisons, each once and with two answers that say something; those beyond data.human_share of all, with `ai`
+    others, are left out at even distances. -> (records, how many there were)."""
+    before = drops.reasons.total()
+    found, once = load_comparisons(data.comparisons, data.max_comparisons, "data.comparisons", drops), {}
+    given = len(found) + drops.reasons.total() - before
+    for record in found:
+        a, b, p = record["response_a"].strip(), record["response_b"].strip(), record["p_a"]
+        key = (said(record), *min((a, b, p), (b, a, 1 - p)))  # another label of the same answers is another person's
+        if drops.keep(bool(a and b), "empty response") and drops.keep(key not in once, "the same comparison again"):
+            once[key] = record
+    kept = list(once.values())
+    if data.human_share:
+        wanted = min(round(ai * data.human_share / (1 - data.human_share)), len(kept))
+        chosen = {i * len(kept) // wanted for i in range(wanted)}
+        kept = [r for i, r in enumerate(kept) if drops.keep(i in chosen, "beyond --config.data.human_share")]
+    return kept, given
 
 
 def pad_rows(rows: list[list[int]], length: int | None = None, count: int | None = None):
@@ -75,12 +128,13 @@ def pad_rows(rows: list[list[int]], length: int | None = None, count: int | None
 
 def encode_comparisons(tok, templates, pairs: list[dict], max_length: int, drops: records.Drops) -> dict[str, np.ndarray]:
     """Comparison records as arrays: tokens [N, 2, T] of prompt + response + EOS for a and b, lengths [N, 2], starts [N] (index
-    of the first response token), p_a [N], human [N] (1.0: by a human). Raises InputError when none fits the context."""
-    rows, starts, kept = [], [], []
+    of the first response token), p_a [N], human [N] (1.0: by a human), prompt [N] (a number that rows with the same prompt
+    share, from 0 in order). Raises InputError when none fits the context."""
+    rows, starts, kept, number = [], [], [], {}
     for record in pairs:
         prompt = tok.prompt(prompts.dialogue(record["messages"], templates))
-        said = [prompts.completion(record[k], templates) for k in ("response_a", "response_b")]
-        two = [prompt + tok.encode(text) + [tok.eos_id] for text in said]
+        texts = [prompts.completion(record[k], templates) for k in ("response_a", "response_b")]
+        two = [prompt + tok.encode(text) + [tok.eos_id] for text in texts]
         if drops.keep(max(map(len, two)) <= max_length, "longer than the context"):
             rows += two
             starts.append(len(prompt))
@@ -94,6 +148,7 @@ def encode_comparisons(tok, templates, pairs: list[dict], max_length: int, drops
         "starts": np.array(starts, np.int32),
         "p_a": np.array([r["p_a"] for r in kept], np.float32),
         "human": np.array([r["source"] == "human" for r in kept], np.float32),
+        "prompt": np.array([number.setdefault(said(r), len(number)) for r in kept], np.int32),
     }
 
 

@@ -62,10 +62,9 @@ def evenly(items: list, limit: int) -> list:
 
 
 def answers(
-    cfg: Config, lm: LM, todo: list[dict], sampling, journal: records.Journal, mesh, tag: str, stoppable=True
+    cfg: Config, lm: LM, templates, todo: list[dict], sampling, journal: records.Journal, mesh, tag: str, stoppable=True
 ) -> list[str]:
     """The model's response to every prompt record. `stoppable`: see generate.sample_texts."""
-    templates = load_constitution(cfg).templates
     asked = [Request(f"{p['id']}/{tag}", prompts.dialogue(p["messages"], templates)) for p in todo]
     return [s["text"] for s in sample_texts(lm, asked, sampling, cfg.seed, journal, mesh, templates, tag, stoppable)]
 
@@ -75,13 +74,14 @@ class Watch:
 
     def __init__(self, cfg: Config, folder: Path, mesh):
         self.cfg, self.folder, self.mesh = cfg, folder, mesh
+        self.templates = load_constitution(cfg, "rl_cai").templates
         self.todo = evenly(judged(cfg.evaluate.redteam, "evaluate.redteam"), WATCH_PROMPTS)
 
     def __call__(self, lm: LM, t: int) -> dict:
         """-> {"eval/harm_rate": ..., ...} after iteration `t`, to the end: a request to stop must not lose the iteration."""
         journal = records.Journal(self.folder / f"watch-{t}.jsonl")
         sampling = self.cfg.evaluate.sampling
-        texts = answers(self.cfg, lm, self.todo, sampling, journal, self.mesh, f"watch{t}", stoppable=False)
+        texts = answers(self.cfg, lm, self.templates, self.todo, sampling, journal, self.mesh, f"watch{t}", stoppable=False)
         journal.remove()
         found = summary(self.todo, texts)
         return {f"eval/{name}": found[name] for name in WATCHED if found[name] is not None}

@@ -40,7 +40,7 @@ def generate(
     """
     B, P = tokens_BP.shape
     S = P + max_new
-    net = net.clone(unrolled=True, remat=False)
+    net = net.clone(unrolled=True, remat="none")
     params = unstack(cast_matrices(params, net.dtype), net.cfg.num_layers)
     slot_11S = jnp.arange(S)[None, None]
     prompt_B1S = slot_11S < lengths_B[:, None, None]

@@ -1,7 +1,7 @@
 """The `cai` command: flags -> locked config -> mesh -> stages.
 
 cai run --config=configs/miniworld.py --workdir=runs/a [--config.ppo.kl_coef=0.05 ...]
-cai export --workdir=runs/a --model=rl_cai --out=DIR [--dtype=float32] [--check]
+cai export --workdir=runs/a --model=rl_cai --out=DIR [--dtype=float32] [--adapter] [--check]
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from cai_jax import checks, progress
 from cai_jax import config as configs
-from cai_jax import progress
 from cai_jax.metrics import NotFinite
 from cai_jax.progress import say, table
 from cai_jax.workdir import InputError, Stopped, open_run, read_json, record_run, stop_on_sigterm
@@ -27,17 +27,25 @@ WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run; the same com
 MODEL = flags.DEFINE_string("model", None, "export: base, sl_cai, dpo_cai, rl_cai or reward")
 OUT = flags.DEFINE_string("out", None, "export: the folder to write")
 DTYPE = flags.DEFINE_string("dtype", "", "export: float32 or bfloat16; default: the base's")
+ADAPTER = flags.DEFINE_bool("adapter", False, "export: the adapter alone, as peft loads it")
 CHECK = flags.DEFINE_bool("check", False, "export: compare its logits with those of transformers")
 
 STAGE_MODULES = {name: f"cai_jax.stages.{name}" for name in configs.STAGES} | {"pretrain": "cai_jax.miniworld.pretrain"}
 STOPPED_EXIT = 143  # what a launcher restarts on
 
 
-def with_local_model(cfg: configs.Config) -> configs.Config:
-    """`cfg` with the folder that its model lies in, fetched from the hub if it is named so."""
+def with_local_models(cfg: configs.Config) -> configs.Config:
+    """`cfg` with the folders that its models lie in, fetched from the hub if they are named so."""
     from cai_jax.models import hf
 
-    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, path=hf.local(cfg.model.path)))
+    def local(part, flag: str):
+        """A section whose key `path`, or that of a section inside it, names a model."""
+        changes = {"path": hf.local(part.path, flag)} if isinstance(part, configs.Checkpoint | configs.Model) else {}
+        inside = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
+        changes |= {k: local(v, f"{flag}.{k}") for k, v in inside.items() if isinstance(v, configs.Checkpoint)}
+        return dataclasses.replace(part, **changes)
+
+    return dataclasses.replace(cfg, **{k: local(getattr(cfg, k), k) for k in ("model", "sft", "preferences", "reward")})
 
 
 def run(cfg: configs.Config, workdir: Path) -> None:
@@ -51,12 +59,13 @@ def run(cfg: configs.Config, workdir: Path) -> None:
         record_run(workdir, configs.as_dict(cfg))
     progress.watch_compiles()
     mesh = make_mesh(cfg.mesh)
+    checks.check_batches(cfg, mesh.shape["data"] * mesh.shape["fsdp"])
     say(
         f"run {workdir}: {', '.join(cfg.stages)}; "
         f"{jax.device_count()} {jax.default_backend()} device(s), mesh {dict(mesh.shape)}"
     )
     rows = []
-    here = with_local_model(cfg)
+    here = with_local_models(cfg)
     with jax.set_mesh(mesh):
         for name in cfg.stages:
             began = time.monotonic()
@@ -72,15 +81,17 @@ def export(workdir: Path, name: str, out: Path) -> None:
     import jax
 
     from cai_jax import export as exports
+    from cai_jax import stages
     from cai_jax.sharding import make_mesh
 
     mesh = make_mesh((1, -1, 1))
-    cfg = configs.resolve(read_json(workdir / "config.json"))
+    cfg = checks.resolve(read_json(workdir / "config.json"))
     with jax.set_mesh(mesh):
-        exports.export(with_local_model(cfg), workdir, name, out, mesh, DTYPE.value)
+        named = stages.checkpoint(cfg, name).path  # as its users know it, and not where it is on this machine
+        lm = exports.export(with_local_models(cfg), workdir, name, out, mesh, DTYPE.value, ADAPTER.value, named)
         say(f"{name} of {workdir} is in {out}")
         if CHECK.value:
-            off, largest = exports.check(out, name, mesh)
+            off, largest = exports.check(out, name, mesh, lm)
             say(f"largest difference from transformers: {off:.2g}, of values up to {largest:.3g}")
             if off > exports.TOLERANCE * max(1.0, largest):
                 raise InputError(f"{out}: transformers computes other values with it")
@@ -96,13 +107,13 @@ def main(argv: list[str]) -> None:
     stop_on_sigterm()
     try:
         if argv[1] == "run":
-            run(configs.resolve(CONFIG.value), Path(WORKDIR.value))
+            run(checks.resolve(CONFIG.value), Path(WORKDIR.value))
         else:
             export(Path(WORKDIR.value), MODEL.value, Path(OUT.value))
     except Stopped as e:
         say(str(e))
         sys.exit(STOPPED_EXIT)
-    except (InputError, configs.ConfigError, NotFinite) as e:
+    except (InputError, checks.ConfigError, NotFinite) as e:
         say(f"error: {e}")
         sys.exit(2)
 

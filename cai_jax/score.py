@@ -14,7 +14,7 @@ from cai_jax.losses import preference_from_logprobs
 from cai_jax.models import LM
 from cai_jax.models.attention import causal_mask
 from cai_jax.models.heads import apply_head
-from cai_jax.models.transformer import Transformer
+from cai_jax.models.transformer import Transformer, unstack
 from cai_jax.progress import Progress
 from cai_jax.prompts import OPTIONS
 from cai_jax.sampling import shape_logits
@@ -25,7 +25,9 @@ CHUNK = 64  # tokens of a row whose logits exist at once
 
 
 def hidden_states(net: Transformer, params, batch):
-    """Final hidden states [B, T, D] of a batch with tokens, positions and segments (0: padding)."""
+    """Final hidden states [B, T, D] of a batch with tokens, positions and segments (0: padding). Parameters are stacked, also
+    for an unrolled network."""
+    params = unstack(params, net.cfg.num_layers) if net.unrolled else params
     return net.apply({"params": params}, batch["tokens"], batch["positions"], causal_mask(batch["segments"]))[0]
 
 

@@ -24,6 +24,12 @@ PARAM_RULES = (
     (r"layers/attention/o/kernel$", P(None, "model", None, "fsdp")),  # L N H D
     (r"layers/mlp/(gate|up)/kernel$", P(None, "fsdp", "model")),  # L D F
     (r"layers/mlp/down/kernel$", P(None, "model", "fsdp")),  # L F D
+    (r"layers/(attention/(q|k|v)|mlp/(gate|up))/lora_a$", P(None, "fsdp", None)),  # L D r
+    (r"layers/attention/o/lora_a$", P(None, "model", None, None)),  # L N H r
+    (r"layers/mlp/down/lora_a$", P(None, "model", None)),  # L F r
+    (r"layers/attention/(q|k|v)/lora_b$", P(None, None, "model", None)),  # L r N H
+    (r"layers/mlp/(gate|up)/lora_b$", P(None, None, "model")),  # L r F
+    (r"layers/(attention/o|mlp/down)/lora_b$", P(None, None, "fsdp")),  # L r D
     (r"layers/mlp/(gate|up)/bias$", P(None, "model")),  # L F
     (r"layers/(attention/o|mlp/down)/bias$", P(None, None)),  # L D
     (r"layers/(attention/)?\w+_norm/(scale|bias)$", P(None, None)),  # L D

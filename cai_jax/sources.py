@@ -1,9 +1,11 @@
 """Data from the field as our records: JSONL, one JSON array, CSV, gzipped or not, and datasets of the Hugging Face hub.
 
-A source is a path, or "hub:owner/name[@revision][:config]:split", each with the names of its columns where they are not ours:
+A source is a path, "hub:owner/name[@revision][:config]:split" or a file of such a repository, "hub:owner/name[@revision]/file",
+each with the names of its columns where they are not ours:
 
     harmbench.csv?prompt=Behavior&id=BehaviorID
     hub:owner/name:train?prompt=question
+    hub:Anthropic/hh-rlhf/harmless-base/train.jsonl.gz
 
 A row is a prompt by its `messages`, its `prompt` (one message), its `transcript` (the first message of a dialogue, as in
 red-team-attempts) or its `chosen` (the dialogue before the last answer, as in hh-rlhf). It is a comparison by `messages`,
@@ -42,6 +44,7 @@ def comparisons(source: str, limit: int = 0) -> list[dict]:
 def digest(source: str) -> str:
     """What identifies the content of a source: of a file its bytes, of a dataset its rows, and the columns asked for."""
     place, _, columns = source.partition("?")
+    place = _fetched(place)
     if not place.startswith("hub:"):
         return workdir.digest(place) + (f"?{columns}" if columns else "")
     return hashlib.sha256("".join(map(records.dumps, _hub(place))).encode()).hexdigest() + f"?{columns}"
@@ -68,6 +71,7 @@ def _rows(source: str, limit: int) -> list[tuple[dict, str]]:
     names = dict(parse_qsl(columns, keep_blank_values=True))
     if unknown := sorted(set(names) - set(OURS)):
         raise InputError(f"{source}: no column of ours is called {unknown[0]!r}; there are {', '.join(OURS)}")
+    place = _fetched(place)
     rows = _hub(place) if place.startswith("hub:") else _file(Path(place))
     if not rows:
         raise InputError(f"{place}: no records")
@@ -128,10 +132,24 @@ def _file(path: Path) -> list[dict]:
     return rows
 
 
+def _fetched(place: str) -> str:
+    """The path that a file of the hub has in its cache, fetched if need be; another source as it is."""
+    found = re.fullmatch(r"hub:([\w.-]+/[\w.-]+)(?:@([\w.-]+))?/([\w./-]+)", place)
+    if not found:
+        return place
+    from huggingface_hub import hf_hub_download
+
+    name, revision, file = found.groups()
+    try:
+        return hf_hub_download(name, file, repo_type="dataset", revision=revision)
+    except (OSError, ValueError, RuntimeError) as error:  # the hub's errors are kinds of these
+        raise InputError(f"{place}: the hub does not give it: {' '.join(str(error).split())}") from error
+
+
 def _hub(place: str) -> list[dict]:
     found = re.fullmatch(r"hub:([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?::([\w.-]+))?:([\w.\[\]%:-]+)", place)
     if not found:
-        raise InputError(f"{place}: wanted hub:owner/name[@revision][:config]:split")
+        raise InputError(f"{place}: wanted hub:owner/name[@revision][:config]:split, or hub:owner/name[@revision]/file")
     try:
         import datasets
     except ImportError as error:

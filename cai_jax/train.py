@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cai_jax import checkpoints
+from cai_jax import checkpoints, optim
 from cai_jax.losses import cross_entropy, masked_mean
 from cai_jax.metrics import Metrics
+from cai_jax.models import lora
 from cai_jax.progress import Progress
 from cai_jax.score import hidden_states, target_logprobs
 from cai_jax.sharding import BATCH, P, put_batch, shard_init, shardings
@@ -19,7 +20,7 @@ from cai_jax.workdir import Stopped, stopping
 
 class TrainState(NamedTuple):
     step: jax.Array  # int32, updates done
-    params: Any
+    params: Any  # those that are trained
     opt_state: Any
 
 
@@ -46,38 +47,43 @@ def abstract(tree, mesh):
 
 
 def make_train_step(loss_fn: Callable, tx: optax.GradientTransformation, mesh, microbatches: int = 1):
-    """-> jitted (state, batch, key) -> (state, metrics). The state is donated.
+    """-> jitted (state, frozen, batch, key) -> (state, metrics). The state is donated.
 
-    loss_fn(params, batch, key) -> (loss, metrics), means over metrics["weight"] tokens or rows. `microbatches`: the batch is
-    split that many ways along B and the parts count by their weights, so the mean is that of the whole batch.
+    loss_fn(params, batch, key) -> (loss, metrics), means over metrics["weight"] tokens or rows; its params are state.params
+    joined with `frozen`, those that no gradient is taken of ({}: none). `microbatches`: the batch is split that many ways along
+    B and the parts count by their weights, so the mean is that of the whole batch.
     """
 
-    def gradient(params, batch, key):
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
-        return grads, {"loss": loss, **metrics}
+    def gradient(params, frozen, batch, key):
+        def loss_of(trained):
+            return loss_fn(lora.join(frozen, trained), batch, key)
 
-    def accumulate(params, batch, key):
+        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+        return optim.wide(grads), {"loss": loss, **metrics}
+
+    def accumulate(params, frozen, batch, key):
         parts = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
 
         def one(total, part):
             i, rows = part
             rows = jax.lax.with_sharding_constraint(rows, P(BATCH))
-            grads, metrics = gradient(params, rows, jax.random.fold_in(key, i))
+            grads, metrics = gradient(params, frozen, rows, jax.random.fold_in(key, i))
             weight = metrics.pop("weight")
             weighted = jax.tree.map(lambda x: x * weight, (grads, metrics))
             return jax.tree.map(jnp.add, total, (*weighted, weight)), None
 
-        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts), key))
+        first = jax.tree.map(lambda x: x[0], parts)
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, params, frozen, first, key))
         start = (zeros[0], {k: v for k, v in zeros[1].items() if k != "weight"}, zeros[1]["weight"])
         (grads, metrics, weight), _ = jax.lax.scan(one, start, (jnp.arange(microbatches), parts))
         grads, metrics = jax.tree.map(lambda x: x / jnp.maximum(weight, 1.0), (grads, metrics))
         return grads, metrics | {"weight": weight}
 
-    def step(state: TrainState, batch, key):
+    def step(state: TrainState, frozen, batch, key):
         key = jax.random.fold_in(key, state.step)
-        grads, metrics = (gradient if microbatches == 1 else accumulate)(state.params, batch, key)
+        grads, metrics = (gradient if microbatches == 1 else accumulate)(state.params, frozen, batch, key)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = optim.apply(state.params, updates, key)
         metrics = metrics | {"gradient_norm": optax.tree.norm(grads)}
         state = TrainState(state.step + 1, params, opt_state)
         return jax.lax.with_sharding_constraint(state, shardings(state, mesh)), metrics
@@ -86,7 +92,16 @@ def make_train_step(loss_fn: Callable, tx: optax.GradientTransformation, mesh, m
 
 
 def fit(
-    name: str, folder: Path, state: TrainState, step_fn, batch_at: Callable[[int], dict], steps: int, key, every: int, mesh
+    name: str,
+    folder: Path,
+    state: TrainState,
+    frozen,
+    step_fn,
+    batch_at: Callable[[int], dict],
+    steps: int,
+    key,
+    every: int,
+    mesh,
 ):
     """Runs `step_fn` until `steps` updates are done, resuming from and saving to `folder`/checkpoints. -> the final state.
 
@@ -101,7 +116,7 @@ def fit(
     pending = None
     with Progress(name, steps, start, "step") as progress:
         for t in range(start, steps):
-            state, metrics = step_fn(state, put_batch(batch_at(t), mesh), key)
+            state, metrics = step_fn(state, frozen, put_batch(batch_at(t), mesh), key)
             if pending is not None:
                 progress.update(t, log.add(t - 1, pending))
             pending = metrics

@@ -14,5 +14,5 @@ from cai_jax.config import default
 def get_config():
     cfg = default()
     cfg.stages = ("pretrain",)
-    cfg.model.remat = True  # faster on CPU: less memory traffic
+    cfg.model.remat = "full"  # faster on CPU: less memory traffic
     return cfg

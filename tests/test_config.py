@@ -12,8 +12,9 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from cai_jax import config, optim
-from cai_jax.config import CHOICES, STAGES, Config, ConfigError, Optimizer, as_dict, default, resolve, section
+from cai_jax import checks, optim
+from cai_jax.checks import CHOICES, ConfigError, resolve
+from cai_jax.config import STAGES, Config, Optimizer, Sampling, as_dict, default, section
 
 # ml_collections loads a file of configs/ this way.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -71,8 +72,8 @@ def test_a_change_reaches_the_section_it_names_and_no_other():
 
 
 def test_a_section_alone():
-    sampling = section(changed(critique__sampling__top_p=0.5).critique.sampling, config.Sampling)
-    assert sampling == config.Sampling(top_p=0.5)
+    sampling = section(changed(critique__sampling__top_p=0.5).critique.sampling, Sampling)
+    assert sampling == Sampling(top_p=0.5)
 
 
 def test_every_rule_is_about_a_key_that_exists():
@@ -80,7 +81,7 @@ def test_every_rule_is_about_a_key_that_exists():
     flags_ = set(keys(as_dict(Config())))
     names = {flag.split(".")[-1] for flag in flags_}
     assert set(CHOICES) <= flags_
-    for rule in (config.AT_LEAST_ONE, config.SHARES, config.ABOVE_ZERO, config.NOT_NEGATIVE):
+    for rule in (checks.AT_LEAST_ONE, checks.SHARES, checks.ABOVE_ZERO, checks.NOT_NEGATIVE):
         assert set(rule) <= names, set(rule) - names
         assert len(set(rule)) == len(rule)
 

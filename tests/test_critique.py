@@ -6,7 +6,7 @@ import pytest
 
 from cai_jax import constitution as constitutions
 from cai_jax import prompts, records
-from cai_jax.config import Config, Critique, Data
+from cai_jax.config import Config, Critique
 from cai_jax.stages import critique
 from cai_jax.workdir import InputError
 
@@ -17,22 +17,21 @@ FEW_SHOT = ROOT / "constitutions" / "few_shot.toml"
 IDS = [f"p{i}" for i in range(12)]
 
 
-def revised(tmp_path, said=str, room=lambda context: True, heat=(1.0, 1.0, 1.0), **settings):
+def revised(said=str, room=lambda context: True, heat=(1.0, 1.0, 1.0), **settings):
     """-> (records, counts, what was asked: {key: (context, temperature)})."""
-    file, asked = tmp_path / "prompts.jsonl", {}
-    records.write(file, [{"id": i, "messages": [{"role": "user", "content": f"Question {i}?"}]} for i in IDS])
+    todo, asked = [{"id": i, "messages": [{"role": "user", "content": f"Question {i}?"}]} for i in IDS], {}
 
     def sample(requests, temperature, what):
         asked.update({r.key: (r.context, temperature) for r in requests})
         return [{"text": said(r.key), "finished": True} for r in requests]
 
-    cfg = Config(data=Data(redteam=str(file)), critique=Critique(rounds=len(heat) - 1, **settings))
-    out, counts = critique.critique_and_revise(cfg, CONSTITUTION, sample, room, list(heat))
+    cfg = Config(critique=Critique(rounds=len(heat) - 1, **settings))
+    out, counts = critique.critique_and_revise(cfg, CONSTITUTION, todo, sample, room, list(heat))
     return out, counts, asked
 
 
-def test_a_round_starts_from_the_prompt_and_the_last_revision_alone(tmp_path):
-    out, counts, asked = revised(tmp_path)
+def test_a_round_starts_from_the_prompt_and_the_last_revision_alone():
+    out, counts, asked = revised()
     assert counts == {"given": 12, "kept": 12, "dropped": {}} and [r["id"] for r in out] == IDS
     for r in out:
         i, (first, second) = r["id"], r["rounds"]
@@ -48,26 +47,28 @@ def test_a_round_starts_from_the_prompt_and_the_last_revision_alone(tmp_path):
             assert (step["critique_request"], step["revision_request"]) == (principle.critique, principle.revision)
 
 
-def test_principles_are_drawn_anew_for_every_record_and_round(tmp_path):
-    out, _, _ = revised(tmp_path)
+def test_principles_are_drawn_anew_for_every_record_and_round():
+    out, _, _ = revised()
     first, second = ([r["rounds"][n]["principle"] for r in out] for n in (0, 1))
     assert len(set(first)) > 4 and len(set(second)) > 4 and first != second
-    without, _, _ = revised(tmp_path, use_principles=False)
+    without, _, _ = revised(use_principles=False)
     assert {step["principle"] for r in without for step in r["rounds"]} == {constitutions.GENERIC.id}
 
 
-def test_each_round_has_its_temperature(tmp_path):
+def test_each_round_has_its_temperature():
     heat = critique.temperatures(0.9, 0.4, 2)
     assert heat == pytest.approx([0.9, 0.65, 0.4])
-    out, _, asked = revised(tmp_path, heat=heat)
+    out, _, asked = revised(heat=heat)
     turns = ("response", "critique1", "revision1", "critique2", "revision2")
     assert [asked[f"p3/{turn}"][1] for turn in turns] == pytest.approx([0.9, 0.65, 0.65, 0.4, 0.4])
     assert [out[3]["temperature"], *(s["temperature"] for s in out[3]["rounds"])] == heat
     assert critique.temperatures(1.0, 0.4, 0) == [1.0]
+    _, _, asked = revised(heat=heat, greedy=True)
+    assert [asked[f"p3/{turn}"][1] for turn in turns] == pytest.approx([0.9, 0.0, 0.65, 0.0, 0.4])
 
 
-def test_a_direct_revision_asks_for_no_critique(tmp_path):
-    out, _, asked = revised(tmp_path, direct=True)
+def test_a_direct_revision_asks_for_no_critique():
+    out, _, asked = revised(direct=True)
     assert not any("critique" in key for key in asked)
     step = out[0]["rounds"][1]
     assert step["critique"] is None and step["critique_request"] is None and step["revision"] == "p0/revision2"
@@ -76,27 +77,27 @@ def test_a_direct_revision_asks_for_no_critique(tmp_path):
 
 
 @pytest.mark.parametrize("direct", [False, True])
-def test_worked_examples_stand_before_every_round_and_not_before_the_response(tmp_path, direct):
+def test_worked_examples_stand_before_every_round_and_not_before_the_response(direct):
     blocks = constitutions.load_few_shot(str(FEW_SHOT)).critiques
     prefix = prompts.few_shot_critique(blocks, prompts.TEMPLATES, direct=direct)
-    _, _, asked = revised(tmp_path, few_shot=str(FEW_SHOT), direct=direct)
+    _, _, asked = revised(few_shot=str(FEW_SHOT), direct=direct)
     for key, (context, _) in asked.items():
         assert context.startswith(prefix) != key.endswith("/response"), key
     assert prefix.count("CritiqueRequest") == (0 if direct else len(blocks)) and len(blocks) > 0
 
 
-def test_lesson_17_records_that_outgrow_the_model_or_say_nothing_are_counted(tmp_path):
+def test_lesson_17_records_that_outgrow_the_model_or_say_nothing_are_counted():
     def said(key):  # p2 is long from its first revision on, p5 from its second critique on, p7 answers nothing
         return {"p2/revision1": "x" * 5000, "p5/critique2": "x" * 5000, "p7/response": ""}.get(key, key)
 
-    out, counts, asked = revised(tmp_path, said, room=lambda context: len(context) < 5000)
+    out, counts, asked = revised(said, room=lambda context: len(context) < 5000)
     assert [r["id"] for r in out] == [i for i in IDS if i not in ("p2", "p5", "p7")]
     assert counts == {"given": 12, "kept": 9, "dropped": {"empty response": 1, "longer than the context": 2}}
     assert "p2/critique2" not in asked and "p5/critique2" in asked and "p5/revision2" not in asked
-    plain, _, _ = revised(tmp_path)
+    plain, _, _ = revised()
     assert out == [r for r in plain if r["id"] in {q["id"] for q in out}]  # what is left is as it would have been
 
 
-def test_when_every_record_outgrows_the_model_the_run_stops(tmp_path):
+def test_when_every_record_outgrows_the_model_the_run_stops():
     with pytest.raises(InputError, match=r"of 12 prompts none is left: \{'longer than the context': 12\}.*critique.few_shot"):
-        revised(tmp_path, room=lambda context: "CritiqueRequest" not in context)
+        revised(room=lambda context: "CritiqueRequest" not in context)

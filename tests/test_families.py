@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors.numpy import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 from cai_jax.generate import generate
 from cai_jax.models import families, hf
@@ -153,6 +154,98 @@ def test_export_and_import_are_bit_equal_and_transformers_reads_the_folder(folde
     with torch.no_grad():
         found = model(torch.tensor(TOKENS[:1], dtype=torch.long)).logits.numpy()
     np.testing.assert_allclose(found[0], wanted[0], atol=TOL, rtol=1e-4)
+
+
+TEXT = {k: v for k, v in (SIZES | CASES["gemma3, scaled rope"][1]).items() if k not in ("rope_theta", "rope_local_base_freq")}
+VISION = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14}  # fmt: skip
+
+
+def multimodal(path, as_stored=True, **options):
+    """A tiny Gemma 3 with eyes, written by transformers. `as_stored`: with the names of the hub, else with those in memory.
+    -> the logits of TOKENS below 97, which is its token of an image."""
+    torch.manual_seed(0)
+    options |= {"mm_tokens_per_image": 1, "image_token_index": 97, "initializer_range": 0.3}
+    config = Gemma3Config(text_config=TEXT, vision_config=VISION, **options)
+    model = Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager").eval().float()
+    for name, parameter in model.named_parameters():
+        if "norm" in name and "language_model" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model.save_pretrained(path, save_original_format=as_stored)
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS % 97, dtype=torch.long)).logits.numpy()
+
+
+def change_text(path, change):
+    file = path / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"text_config": change(config["text_config"])}))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("as_stored, first", [(True, "language_model.model.embed"), (False, "model.language_model.embed")])
+def test_of_a_multimodal_checkpoint_the_language_model_is_read(as_stored, first, tied, mesh1, tmp_path):
+    wanted = multimodal(tmp_path, as_stored, tie_word_embeddings=tied)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert any(name.startswith(first) for name in stored) and any("vision_tower.encoder" in name for name in stored)
+    assert families.read_config(str(tmp_path))[1] == "gemma3_text"
+    net, params = ours(str(tmp_path), mesh1)
+    assert ("unembed" in params) is not tied
+    found = tiny.logits(net, params, TOKENS % 97, np.full(3, 24, np.int32))
+    np.testing.assert_allclose(np.asarray(found), wanted, atol=TOL, rtol=1e-4)
+    assert wanted.std() > 0.3
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "language_model.model.layers.0.self_attn.q_proj.bias",
+        "model.language_model.norm.weight",  # the other spelling of one that is there
+        "model.vision_tower.post_layernorm.weight",  # the other spelling of one that is left
+        "audio_tower.weight",
+        "model.norm.weight",
+        "vision_tower_2.weight",
+    ],
+)
+def test_of_a_multimodal_checkpoint_only_its_eyes_are_left(name, mesh1, tmp_path):
+    multimodal(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file) | {name: np.zeros(48, np.float32)}, file)
+    with pytest.raises(InputError, match=f"1 tensors are not part of the model.*'{name}'"):
+        hf.load(str(tmp_path), mesh1)
+
+
+def test_a_text_config_says_what_is_not_the_default_as_on_the_hub(tmp_path):
+    """Of the fields of google/gemma-3-4b-it's text_config; transformers is asked what the rest is."""
+    multimodal(tmp_path)
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34}
+    text |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}
+    change_text(tmp_path, lambda _: text)
+    whole = AutoConfig.from_pretrained(tmp_path).text_config
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(whole.to_dict()))
+    cfg, kind = families.read_config(str(tmp_path))
+    assert (cfg, kind) == families.read_config(str(tmp_path / "plain"))
+    assert (cfg.vocab_size, cfg.num_heads, cfg.window, cfg.rope.factor, sum(cfg.sliding)) == (262_208, 8, 1024, 8.0, 29)
+    assert AutoConfig.for_model(**families.text_fields(str(tmp_path))).rope_parameters == whole.rope_parameters
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"quantization_config": {"bits": 4}}, "quantization_config="),
+        ({"text_config": None}, "text_config is not one of a gemma3_text, which a gemma3 holds"),
+        ({"text_config": {"model_type": "llama"}}, "text_config is not one of a gemma3_text"),
+        ({"text_config": TEXT | {"use_bidirectional_attention": True}}, "use_bidirectional_attention=True"),
+        ({"text_config": TEXT | {"memory": 3}}, "memory=3"),
+        ({"text_config": TEXT | {"hidden_size": 7}}, "hidden size"),
+    ],
+)
+def test_what_is_not_implemented_of_a_multimodal_checkpoint_is_named(change, message, tmp_path):
+    config = json.loads(Gemma3Config(text_config=TEXT, vision_config=VISION).to_json_string())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(InputError, match=f"config.json: .*{message}"):
+        hf.read_config(str(tmp_path))
 
 
 @cache

@@ -14,12 +14,13 @@ PACKAGE = ROOT / "cai_jax"
 TIERS = (
     {"workdir", "progress"},  # 0: the ground
     {"config", "records", "sharding"},
+    {"checks"},
     {"constitution", "losses", "sampling", "metrics", "optim", "checkpoints", "tokenizer"},
     {"prompts", "models", "figures", "markup"},  # 1
     {"formats", "sources"},
     {"data"},
     {"generate", "score"},  # 2
-    {"train"},  # 3
+    {"train", "experience"},  # 3
     {"stages", "miniworld", "evaluation"},  # 4: evaluation stands between what stages share and the stages
     {"export"},  # 5
     {"main"},

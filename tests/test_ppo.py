@@ -11,12 +11,14 @@ import pytest
 import tiny
 
 from cai_jax import config, losses, prompts
+from cai_jax.experience import before_each, join, policy_and_value, ppo_loss, scaled_head, take
+from cai_jax.experience import experience as experience_of
 from cai_jax.generate import Sampled, generate
 from cai_jax.models.heads import apply_head, init_head
 from cai_jax.models.transformer import cast_matrices
 from cai_jax.sampling import record_keys
 from cai_jax.sharding import put, put_batch
-from cai_jax.stages.ppo import PromptPool, before_each, experience, join, policy_and_value, ppo_loss, scaled_head, take
+from cai_jax.stages.ppo import PromptPool
 
 R = 6
 C = config.PPO(sampling=config.Sampling(max_tokens=R, temperature=0.7), missing_eos_penalty=3.0, whiten_advantages=False)
@@ -34,6 +36,10 @@ def world(mesh):
     stop = jnp.arange(1, 40)  # many ends, so that responses end early at random
     out = generate(tiny.net(), params, batch["tokens"], batch["lengths"], keys, stop, jnp.float32(0.7), max_new=R)
     return params, {"trunk": params} | head, batch, out
+
+
+def experience(c, params, reference, reward, scale, kl_coef, batch, out):
+    return experience_of((tiny.net(),) * 3, c, (params, reference, reward), scale, kl_coef, batch, out)
 
 
 def test_the_value_head_starts_on_the_scale_of_the_scores(mesh1):
@@ -71,11 +77,11 @@ def test_lesson_02_and_03_scored_logprobs_are_those_of_the_sampler(mesh1):
     with jax.set_mesh(mesh1):
         params, reward, batch, out = world(mesh1)
         both = {"policy": params, "value": {"head": reward["head"]}}
-        rollout, metrics = experience(tiny.net(), C, both, params, reward, SCALE, jnp.float32(0.2), batch, out)
+        rollout, metrics = experience(C, both, params, reward, SCALE, jnp.float32(0.2), batch, out)
         assert float(metrics["drift"]) < 1e-5
         assert abs(float(metrics["kl"])) < 1e-5
         hot = config.PPO(sampling=config.Sampling(max_tokens=R, temperature=1.0))
-        _, wrong = experience(tiny.net(), hot, both, params, reward, SCALE, jnp.float32(0.2), batch, out)
+        _, wrong = experience(hot, both, params, reward, SCALE, jnp.float32(0.2), batch, out)
         assert float(wrong["drift"]) > 0.01  # a forgotten temperature shows
 
 
@@ -84,7 +90,7 @@ def test_lesson_01_and_04_the_score_lands_on_the_last_token_with_its_fraction(me
         params, reward, batch, out = world(mesh1)
         other = put(tiny.params(seed=1), mesh1)
         both = {"policy": params, "value": {"head": reward["head"]}}
-        rollout, metrics = experience(tiny.net(), C, both, other, reward, SCALE, jnp.float32(0.5), batch, out)
+        rollout, metrics = experience(C, both, other, reward, SCALE, jnp.float32(0.5), batch, out)
     out, rollout = jax.device_get((out, rollout))
     assert 0 < out.finished_B.sum() < 8 and len(set(out.lengths_B.tolist())) > 2
     lengths, mask = np.asarray(jax.device_get(batch["lengths"])), rollout["mask"]
@@ -110,7 +116,7 @@ def test_a_response_without_eos_pays_the_penalty(mesh1):
 
         def score(finished):
             forced = out._replace(finished_B=jnp.full((8,), finished))
-            return float(experience(tiny.net(), C, both, params, reward, SCALE, jnp.float32(0.2), batch, forced)[1]["score"])
+            return float(experience(C, both, params, reward, SCALE, jnp.float32(0.2), batch, forced)[1]["score"])
 
         assert score(True) - score(False) == pytest.approx(3.0, abs=1e-4)
 
@@ -119,7 +125,7 @@ def test_the_first_minibatch_has_ratio_one_and_a_later_one_clips(mesh1):
     with jax.set_mesh(mesh1):
         params, reward, batch, out = world(mesh1)
         both = {"policy": params, "value": {"head": reward["head"]}}
-        rollout, _ = experience(tiny.net(), C, both, params, reward, SCALE, jnp.float32(0.2), batch, out)
+        rollout, _ = experience(C, both, params, reward, SCALE, jnp.float32(0.2), batch, out)
         loss = jax.jit(ppo_loss(tiny.net(), C))
         _, first = loss(both, rollout, None)
         assert float(first["ratio_error"]) < 1e-4 and float(first["clip_fraction"]) == 0
@@ -134,8 +140,8 @@ def test_what_lies_behind_the_end_changes_nothing(mesh1):
         params, reward, batch, out = world(mesh1)
         both = {"policy": params, "value": {"head": reward["head"]}}
         junk = jnp.where(jnp.arange(R)[None] < out.lengths_B[:, None], out.tokens_BR, 50)
-        a, am = experience(tiny.net(), C, both, params, reward, SCALE, jnp.float32(0.2), batch, out)
-        b, bm = experience(tiny.net(), C, both, params, reward, SCALE, jnp.float32(0.2), batch, out._replace(tokens_BR=junk))
+        a, am = experience(C, both, params, reward, SCALE, jnp.float32(0.2), batch, out)
+        b, bm = experience(C, both, params, reward, SCALE, jnp.float32(0.2), batch, out._replace(tokens_BR=junk))
         for name in ("advantages", "returns"):
             np.testing.assert_allclose(a[name], b[name], atol=1e-5)
         assert float(am["score"]) == pytest.approx(float(bm["score"]), abs=1e-5)
@@ -148,7 +154,7 @@ def test_shared_and_separate_value_networks_read_their_own_trunk(mesh1):
         params, reward, batch, out = world(mesh1)
         shared, separate = {"head": reward["head"]}, {"head": reward["head"], "trunk": put(tiny.params(seed=1), mesh1)}
         rollout, _ = experience(
-            tiny.net(), C, {"policy": params, "value": shared}, params, reward, SCALE, jnp.float32(0.2), batch, out
+            C, {"policy": params, "value": shared}, params, reward, SCALE, jnp.float32(0.2), batch, out
         )
         a = policy_and_value(tiny.net(), {"policy": params, "value": shared}, rollout, 0.7)
         b = policy_and_value(tiny.net(), {"policy": params, "value": separate}, rollout, 0.7)
@@ -162,7 +168,7 @@ def test_eight_devices_give_the_experience_of_one(mesh1, mesh8):
         with jax.set_mesh(mesh):
             params, reward, batch, out = world(mesh)
             both = {"policy": params, "value": {"head": reward["head"]}}
-            rollout, metrics = experience(tiny.net(), C, both, params, reward, SCALE, jnp.float32(0.2), batch, out)
+            rollout, metrics = experience(C, both, params, reward, SCALE, jnp.float32(0.2), batch, out)
             found.append(jax.device_get((out, rollout, metrics)))
     assert isinstance(found[0][0], Sampled)
     np.testing.assert_array_equal(found[0][0].tokens_BR, found[1][0].tokens_BR)
@@ -191,12 +197,12 @@ def test_prompts_keep_their_share_and_a_pass_uses_each_once(tmp_path):
     p = pool(tmp_path, 12, 6, batch_size=8, helpful_share=0.25)
     seen = {0.0: [], 1.0: []}
     for t in range(2):
-        batch = p.batch_at(t)
+        batch, asked = p.batch_at(t)
         assert batch["helpful"].sum() == 2 and len(batch["tokens"]) == 8
         for row, length, helpful in zip(batch["tokens"], batch["lengths"], batch["helpful"], strict=True):
             seen[float(helpful)].append(tuple(row[:length]))
     assert len(set(seen[0.0])) == 12 and len(set(seen[1.0])) == 4
-    np.testing.assert_array_equal(p.batch_at(1)["tokens"], batch["tokens"])  # a pure function of the iteration
+    np.testing.assert_array_equal(p.batch_at(1)[0]["tokens"], batch["tokens"])  # a pure function of the iteration
 
 
 def test_prompts_that_pass_the_context_are_refused(tmp_path):

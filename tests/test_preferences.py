@@ -198,10 +198,10 @@ def test_lesson_17_pairs_without_two_different_responses_are_counted(monkeypatch
     said = {"p0/a": "answer 1", "p0/b": "answer 0", "p1/a": "", "p1/b": "answer 0"}
     said |= {"p2/a": "answer 2", "p2/b": "answer 2", "p3/a": "", "p3/b": "", "p4/a": "answer 0", "p4/b": "and then"}
     file = tmp_path / "prompts.jsonl"
-    records.write(file, [{"id": f"p{i}", "messages": message("Well?")} for i in range(5)])
+    records.write(file, [{"id": f"p{i}", "messages": message(f"Well, {i}?")} for i in range(5)])
     cfg = Config(preferences=Preferences(policy="base"), data=Data(redteam=str(file)), model=Model(path=str(file)))
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(preferences, "load_lm", lambda *_: None)
+    monkeypatch.setattr(preferences, "load_lm", lambda *_: SimpleNamespace(tok=BYTES))
     monkeypatch.setattr(preferences, "option_logprobs", Judge())
     monkeypatch.setattr(preferences, "fits", lambda lm, context, max_tokens: True)
 

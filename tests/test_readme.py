@@ -15,9 +15,9 @@ TEXT = (ROOT / "README.md").read_text()
 OVERRIDES = sorted(set(re.findall(r"(--config\.[a-z_.]+=(?:\"[^\"]*\"|[^\s`|]+))", TEXT)))
 PARSE = """
 import sys
-from cai_jax import config, main
+from cai_jax import checks, config, main
 main.parse(sys.argv)
-cfg = config.as_dict(config.resolve(main.CONFIG.value))
+cfg = config.as_dict(checks.resolve(main.CONFIG.value))
 print(sorted(cfg))
 """
 

@@ -14,11 +14,11 @@ import pytest
 ROOT = kills.ROOT
 
 
-def cai(*arguments, devices=1, timeout=600):
+def cai(*arguments, devices=1, flags="", timeout=600):
     environment = kills.os.environ | {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {flags}",
     }
     return subprocess.run(
         [sys.executable, "-m", "cai_jax.main", "run", *arguments],

@@ -9,6 +9,7 @@ import tiny
 from cai_jax import score
 from cai_jax.data import bucket, pad_rows
 from cai_jax.models.heads import apply_head, init_head
+from cai_jax.models.transformer import REMAT
 from cai_jax.score import averaged_preference, hidden_states, option_logprobs, row_batch, row_logprobs, target_logprobs
 from cai_jax.sharding import put, put_batch
 from cai_jax.train import language_model_loss
@@ -47,7 +48,7 @@ def large(jaxpr, size):
     return {s for s in shapes if np.prod(s, dtype=int) % 49 == 0 and np.prod(s, dtype=int) >= size}
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", REMAT)
 def test_no_array_over_batch_tokens_and_vocabulary_exists_forward_or_backward(remat):
     B, T = 4, 160
     net, params = tiny.net(remat=remat), tiny.params()

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cai_jax import optim, sharding
-from cai_jax.config import Optimizer
+from cai_jax.config import Lora, Optimizer
 from cai_jax.models.heads import init_head
 from cai_jax.models.transformer import init_params
 from cai_jax.sharding import constrain, exact_div, make_mesh, path_name, put, put_batch, shard_init, shardings, spec_of
@@ -41,6 +41,14 @@ OF_SOME_FAMILIES = {  # behind layers/
     **{name: P(None, None) for name in ("attention/o/bias", "mlp/down/bias", "attention_norm/bias", "mlp_norm/bias")},
     **{f"attention/{name}/{leaf}": P(None, None) for name in ("q_norm", "k_norm") for leaf in ("scale", "bias")},
     **{f"{name}/{leaf}": P(None, None) for name in ("attention_out_norm", "mlp_out_norm") for leaf in ("scale", "bias")},
+}
+ADAPTERS = {  # likewise; A is split as the inputs of its kernel are, B as its outputs, the rank is not
+    **{f"attention/{name}/lora_a": P(None, "fsdp", None) for name in "qkv"},
+    **{f"attention/{name}/lora_b": P(None, None, "model", None) for name in "qkv"},
+    **{"attention/o/lora_a": P(None, "model", None, None), "attention/o/lora_b": P(None, None, "fsdp")},
+    **{f"mlp/{name}/lora_a": P(None, "fsdp", None) for name in ("gate", "up")},
+    **{f"mlp/{name}/lora_b": P(None, None, "model") for name in ("gate", "up")},
+    **{"mlp/down/lora_a": P(None, "model", None), "mlp/down/lora_b": P(None, None, "fsdp")},
 }
 
 
@@ -99,12 +107,12 @@ def test_paths_of_dicts_named_tuples_and_lists_are_names():
 def test_every_parameter_has_the_spec_of_its_one_row_and_no_row_is_idle():
     shapes = by_name(jax.eval_shape(reward_init, jax.random.key(0)))
     assert {name: spec_of(name, x.shape) for name, x in shapes.items()} == WANTED
-    everything = replace(
-        tiny.UNTIED, norm="layer", norm_outputs=True, qk_norm="head", qkv_bias=True, out_bias=True, mlp_bias=True
-    )
+    options = {"norm": "layer", "norm_outputs": True, "qk_norm": "head", "lora": Lora(rank=4)}
+    everything = replace(tiny.UNTIED, qkv_bias=True, out_bias=True, mlp_bias=True, **options)
     more = by_name({"trunk": jax.eval_shape(lambda k: init_params(tiny.net(everything), k), jax.random.key(0))})
     found = {name.removeprefix("trunk/"): spec_of(name, x.shape) for name, x in more.items() if name not in shapes}
-    assert found == {"final_norm/bias": P(None)} | {f"layers/{name}": spec for name, spec in OF_SOME_FAMILIES.items()}
+    in_layers = OF_SOME_FAMILIES | ADAPTERS
+    assert found == {"final_norm/bias": P(None)} | {f"layers/{name}": spec for name, spec in in_layers.items()}
     used = {row for name in shapes | more for row, _ in sharding.PARAM_RULES if re.search(r"(^|/)" + row, name)}
     assert used == {pattern for pattern, _ in sharding.PARAM_RULES}
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 
 from cai_jax import sources
@@ -139,6 +140,23 @@ def test_a_dataset_of_the_hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match="pip install datasets"):
         sources.prompts("hub:owner/name:train")
+
+
+def test_a_file_of_a_dataset_on_the_hub(monkeypatch, tmp_path):
+    asked = []
+
+    def download(name, file, repo_type, revision):
+        asked.append((name, file, repo_type, revision))
+        if file.startswith("gone"):
+            raise FileNotFoundError("no such file")
+        return write(tmp_path / "train.jsonl", [{"chosen": "\n\nHuman: Why?\n\nAssistant: So."}], "lines")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    [found] = load_prompts("hub:Owner/name-1@v2/harmless-base/train.jsonl", 0, "data.redteam")
+    assert found["messages"] == USER and asked == [("Owner/name-1", "harmless-base/train.jsonl", "dataset", "v2")]
+    assert sources.digest("hub:Owner/name-1/a/train.jsonl") == sources.digest(str(tmp_path / "train.jsonl"))
+    with pytest.raises(InputError, match="hub:owner/name/gone.csv: the hub does not give it: no such file"):
+        sources.prompts("hub:owner/name/gone.csv")
 
 
 def test_the_columns_are_part_of_what_a_source_is(tmp_path):

@@ -68,7 +68,7 @@ def sgd_update(mesh, batch, microbatches=1, step=0):
     """-> (gradient by way of the new parameters, metrics)."""
     with jax.set_mesh(mesh):
         state = init_state(tiny.copy(tiny.on(mesh)), optax.sgd(1.0), mesh)._replace(step=jnp.int32(step))
-        state, values = sgd_step(mesh, microbatches)(state, put_batch(batch, mesh), jax.random.key(5))
+        state, values = sgd_step(mesh, microbatches)(state, {}, put_batch(batch, mesh), jax.random.key(5))
     assert int(state.step) == step + 1
     return jax.tree.map(lambda old, new: old - np.asarray(new), tiny.params(), state.params), jax.device_get(values)
 
@@ -135,13 +135,13 @@ def test_the_noise_of_a_step_is_its_own(mesh8):
 def test_the_state_is_donated(mesh1):
     with jax.set_mesh(mesh1):
         state = adam_state(mesh1)
-        adam_step(mesh1)(state, put_batch(batch_at(0), mesh1), jax.random.key(0))
+        adam_step(mesh1)(state, {}, put_batch(batch_at(0), mesh1), jax.random.key(0))
     assert all(x.is_deleted() for x in jax.tree.leaves(state))
 
 
 def test_every_array_of_the_new_state_lies_by_the_rules(mesh8):
     with jax.set_mesh(mesh8):
-        state, values = adam_step(mesh8)(adam_state(mesh8), put_batch(batch_at(0), mesh8), jax.random.key(0))
+        state, values = adam_step(mesh8)(adam_state(mesh8), {}, put_batch(batch_at(0), mesh8), jax.random.key(0))
     wanted = jax.tree.leaves(shardings(state, mesh8))
     found = jax.tree_util.tree_leaves_with_path(state)
     assert len(found) == len(wanted) == 1 + 11 * 3 + 2  # step; parameters and two moments; two counts
@@ -159,7 +159,7 @@ def test_updates_on_eight_devices_equal_those_on_one(mesh1, mesh8):
         with jax.set_mesh(mesh):
             state, log = adam_state(mesh), []
             for t in range(3):
-                state, values = adam_step(mesh)(state, put_batch(batch_at(t), mesh), jax.random.key(0))
+                state, values = adam_step(mesh)(state, {}, put_batch(batch_at(t), mesh), jax.random.key(0))
                 log.append(values)
         out.append((state.params, state.opt_state, log))
     tiny.assert_close(out[1][2], out[0][2], rtol=1e-5)
@@ -174,7 +174,7 @@ class Killed(BaseException):
 
 def run(folder: Path, mesh, data=batch_at, steps=STEPS):
     with jax.set_mesh(mesh):
-        state = fit("sft", folder, adam_state(mesh), adam_step(mesh), data, steps, jax.random.key(3), EVERY, mesh)
+        state = fit("sft", folder, adam_state(mesh), {}, adam_step(mesh), data, steps, jax.random.key(3), EVERY, mesh)
     return jax.device_get(state)
 
 
@@ -227,7 +227,7 @@ def test_the_loop_is_the_step_repeated(whole, mesh1):
     with jax.set_mesh(mesh1):
         state = adam_state(mesh1)
         for t in range(STEPS):
-            state, _ = adam_step(mesh1)(state, put_batch(batch_at(t), mesh1), jax.random.key(3))
+            state, _ = adam_step(mesh1)(state, {}, put_batch(batch_at(t), mesh1), jax.random.key(3))
     assert tiny.same_bits(jax.device_get(state), whole[0])
 
 
@@ -333,7 +333,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 def test_a_checkpoint_of_another_model_is_refused(whole, mesh1):
     other = {**tiny.on(mesh1), "embed": {"embedding": jnp.zeros((100, 32))}}
     with jax.set_mesh(mesh1), pytest.raises(InputError, match="another model than.*params/embed/embedding"):
-        fit("sft", whole[2], init_state(other, optim.make(ADAM, STEPS), mesh1), None, batch_at, STEPS, None, EVERY, mesh1)
+        fit("sft", whole[2], init_state(other, optim.make(ADAM, STEPS), mesh1), {}, None, batch_at, STEPS, None, EVERY, mesh1)
 
 
 def test_a_fresh_state_has_zero_moments_that_lie_as_the_parameters(mesh8):

@@ -1,6 +1,7 @@
 """The decoder: who sees whom, each part against a plain reference, and every way of running it against the others."""
 
 from collections import Counter
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from cai_jax.data import pack
 from cai_jax.models.attention import Rope, attend, causal_mask, rope_turns, rotate
-from cai_jax.models.transformer import init_cache, init_params, unstack
+from cai_jax.models.transformer import REMAT, init_cache, init_params, unstack
 from cai_jax.records import Drops
 from cai_jax.score import hidden_states, row_batch
 from cai_jax.sharding import put_batch
@@ -26,8 +27,7 @@ PACKED = {  # one row: five tokens, four tokens, three of padding; no token stan
 @pytest.mark.parametrize("unrolled", [False, True])
 def test_causality_by_gradient(unrolled):
     """What token t's state feels of token s: nothing of later tokens, other segments and padding, something of all the rest."""
-    net, batch = tiny.net(unrolled=unrolled), PACKED
-    params = unstack(tiny.params(), 2) if unrolled else tiny.params()
+    net, batch, params = tiny.net(unrolled=unrolled), PACKED, tiny.params()
     direction_D = jnp.linspace(-1.0, 2.0, 32) ** 3
 
     def felt(embedding_VD, t):
@@ -103,23 +103,69 @@ def test_packed_rows_equal_separate_rows():
     np.testing.assert_allclose(together[:21], np.concatenate([apart[i, : len(ids)] for i, ids in enumerate(texts)]), atol=2e-6)
 
 
-def test_scanned_unrolled_and_recomputed_are_the_same_function():
-    batch = row_batch(*map(jnp.asarray, tiny.rows([6, 8], 8)))
-    params = jax.tree.map(jnp.asarray, tiny.params())
+def some_loss(p, **options):
+    hidden = hidden_states(tiny.net(**options), p, row_batch(*map(jnp.asarray, tiny.rows([6, 8], 8))))
+    return jnp.sum(hidden * jnp.sin(jnp.arange(32.0))[None, None]), hidden
 
-    def run(unrolled, remat):
-        net = tiny.net(unrolled=unrolled, remat=remat)
 
-        def f(p):
-            hidden = hidden_states(net, unstack(p, 2) if unrolled else p, batch)
-            return jnp.sum(hidden * jnp.sin(jnp.arange(32.0))[None, None]), hidden
+@pytest.fixture(scope="module")
+def gradients():
+    return jax.jit(jax.grad(some_loss, has_aux=True))(tiny.params())
 
-        return jax.jit(jax.grad(f, has_aux=True))(params)
 
-    wanted = run(False, False)
-    for unrolled, remat in ((False, True), (True, True)):
-        tiny.assert_close(run(unrolled, remat), wanted)
-    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(wanted[0]))
+WAYS = [(unrolled, remat) for unrolled in (False, True) for remat in REMAT]
+
+
+@pytest.mark.parametrize("unrolled, remat", WAYS[1:])
+def test_scanned_unrolled_and_recomputed_are_the_same_function_of_the_same_parameters(unrolled, remat, gradients):
+    """Values, and gradients with the layers stacked."""
+    found = jax.jit(jax.grad(partial(some_loss, unrolled=unrolled, remat=remat), has_aux=True))(tiny.params())
+    assert jax.tree.structure(found) == jax.tree.structure(gradients)
+    tiny.assert_close(found, gradients)
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradients[0]))
+
+
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_what_is_not_kept_is_recomputed(unrolled):
+    """Asked of the program. Products per layer: 7 with weights, 2 of attention, which have the batch in front. With `dots`
+    only the two are done again, with `full` all but the last, whose result nothing asks for."""
+    kept, products = {}, {}
+    for remat in REMAT:
+        f = partial(some_loss, unrolled=unrolled, remat=remat)
+        residuals = jax.eval_shape(lambda p, f=f: jax.vjp(f, p, has_aux=True)[1], tiny.params())
+        kept[remat] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(residuals))
+        found = tiny.equations(jax.make_jaxpr(jax.grad(f, has_aux=True))(tiny.params()).jaxpr)
+        products[remat] = sum(e.primitive.name == "dot_general" for e in found)
+    assert kept["none"] > kept["dots"] > kept["full"]
+    bodies = 2 if unrolled else 1  # a scan's body is one for all layers
+    assert products["none"] == 3 * 9 * bodies
+    assert {remat: n - products["none"] for remat, n in products.items()} == {"none": 0, "dots": 2 * bodies, "full": 8 * bodies}
+
+
+@pytest.mark.parametrize("remat", ["all", "", True, False])
+def test_an_unknown_way_of_recomputing_is_refused(remat):
+    with pytest.raises(ValueError, match="remat=.*: wanted one of none, full, dots"):
+        init_params(tiny.net(remat=remat), jax.random.key(0))
+
+
+def test_an_unrolled_model_has_the_parameters_of_a_scanned_one():
+    shapes = [jax.eval_shape(partial(init_params, tiny.net(unrolled=u)), jax.random.key(0)) for u in (False, True)]
+    assert shapes[0] == shapes[1]
+    apart = unstack(tiny.params(), 2)
+    assert set(apart) == {"embed", "final_norm", "layers_0", "layers_1"}
+    for i in range(2):
+        assert tiny.same_bits(apart[f"layers_{i}"], jax.tree.map(lambda x, i=i: x[i], tiny.params()["layers"]))
+
+
+def test_the_gradient_of_unstacking_is_no_sum_of_stacks():
+    """As many numbers are computed backward as there are parameters, at any depth."""
+    params = {"layers": {"w": jnp.ones((16, 4))}}
+
+    def f(p):
+        return sum(jnp.sum(layer["w"] * layer["w"]) for layer in unstack(p, 16).values())
+
+    jaxpr = jax.make_jaxpr(jax.grad(f))(params).jaxpr
+    assert sum(v.aval.shape == (16, 4) for e in tiny.equations(jaxpr) for v in e.outvars) == 1
 
 
 def test_lesson_25_decoding_with_a_cache_equals_the_full_forward_at_every_position():

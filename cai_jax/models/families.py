@@ -51,13 +51,19 @@ ONLY = {  # fields with one implemented meaning
     "is_encoder_decoder": (False, None),
     "scale_attn_by_inverse_layer_idx": (False, None),
 }
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 HARMLESS = {  # nothing that a forward pass computes
-    *("architectures", "torch_dtype", "dtype", "transformers_version", "use_cache", "initializer_range", "bos_token_id"),
-    *("eos_token_id", "pad_token_id", "sep_token_id", "_name_or_path", "attention_dropout", "hidden_dropout"),
+    *("architectures", "torch_dtype", "dtype", "transformers_version", "use_cache", "initializer_range", "sep_token_id"),
+    *(*IDS, "_name_or_path", "attention_dropout", "hidden_dropout"),
     *("classifier_dropout", "cache_implementation", "_attn_implementation", "_attn_implementation_autoset", "id2label"),
     *("label2id", "num_labels", "problem_type", "output_attentions", "output_hidden_states", "return_dict", "tokenizer_class"),
     "chunk_size_feed_forward",
 }
+# A checkpoint of several parts -> of its language model the family, the class, and what transformers calls it in the whole.
+TEXT_OF = {"gemma3": ("gemma3_text", "Gemma3ForCausalLM", "language_model")}
+SHARED = (*IDS, "tie_word_embeddings", "dtype", "torch_dtype")  # fields of the whole that hold for its language model
+OTHER_PARTS = {"text_config", "vision_config", "mm_tokens_per_image", "image_token_index", "boi_token_index", "eoi_token_index"}
+NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
 ROPE = {  # rope_type -> what it needs, all of it implemented
     "default": (),
     "linear": ("factor",),
@@ -116,6 +122,19 @@ for _ours, _theirs, _kind in (
     NEOX[f"layers/{_ours}/kernel"] = (f"gpt_neox.layers.{{i}}.{_theirs}.weight", _kind)
     NEOX[f"layers/{_ours}/bias"] = (f"gpt_neox.layers.{{i}}.{_theirs}.bias", "vector")
 TENSORS = {"gemma2": OUTPUT_NORMS, "gemma3_text": OUTPUT_NORMS, "olmo2": OUTPUT_NORMS, "gpt_neox": NEOX}
+# Where the language model is a part of the checkpoint: the first words of its names there, and what the other parts begin with.
+SPELLINGS = {
+    "gemma3_text": (
+        (
+            {"model": "language_model.model", "lm_head": "language_model.lm_head"},  # the hub's, and transformers writes it
+            ("vision_tower.", "multi_modal_projector."),
+        ),
+        (
+            {"model": "model.language_model", "lm_head": "lm_head"},  # as transformers has it in memory since 4.52
+            ("model.vision_tower.", "model.multi_modal_projector."),
+        ),
+    )
+}
 
 
 def tensors(model_type: str) -> dict[str, tuple[str, str]]:
@@ -123,25 +142,63 @@ def tensors(model_type: str) -> dict[str, tuple[str, str]]:
     return TENSORS.get(model_type, LLAMA)
 
 
-def read_config(path: str) -> tuple[TransformerConfig, str]:
-    """-> the config.json of a folder as the decoder's configuration, and its model_type."""
+def tensors_in(model_type: str, found) -> tuple[dict[str, tuple[str, str]], set[str]]:
+    """-> `tensors` as the names `found` in a folder spell them, and those of the parts that are left on purpose."""
+    names = tensors(model_type)
+    for places, others in SPELLINGS.get(model_type, ()):
+        spelled = {}
+        for ours, (theirs, kind) in names.items():
+            first, rest = theirs.split(".", 1)
+            spelled[ours] = (f"{places[first]}.{rest}", kind)
+        if spelled["embed/embedding"][0] in found:
+            return spelled, {name for name in found if name.startswith(others)}
+    return names, set()
+
+
+def text_fields(path: str) -> dict:
+    """The fields of a folder's config.json; of a checkpoint of several parts those that its language model alone would have."""
     file = Path(path) / "config.json"
     if not file.is_file():
         raise InputError(f"no model at {path}: wanted a folder with config.json and safetensors (--config.model.path)")
     raw = read_json(file)
+    if raw.get("model_type") not in TEXT_OF:
+        return raw
+    _check_known(file, raw, HARMLESS | OTHER_PARTS | {"model_type", *SHARED, *ONLY})
+    kind, architecture, _ = TEXT_OF[raw["model_type"]]
+    text = raw.get("text_config")
+    if not isinstance(text, dict) or text.get("model_type", kind) != kind:
+        raise InputError(f"{file}: text_config is not one of a {kind}, which a {raw['model_type']} holds; fetch it again")
+    own = {"model_type": kind, "architectures": [architecture]}
+    # Such files leave out what is the family's default. What the file says itself stays in its own, perhaps older, spelling.
+    defaults = {k: v for k, v in _filled(file, text | own).items() if k in IDS or k not in HARMLESS}
+    return defaults | text | {name: raw[name] for name in SHARED if name in raw} | own
+
+
+def part_of(path: str) -> str:
+    """What transformers calls the language model of a folder inside the whole; "" where it is the whole."""
+    return TEXT_OF.get(read_json(Path(path) / "config.json").get("model_type"), ("", "", ""))[2]
+
+
+def read_config(path: str) -> tuple[TransformerConfig, str]:
+    """-> the config.json of a folder as the decoder's configuration, and its model_type (that of the part that is read)."""
+    file, raw = Path(path) / "config.json", text_fields(path)
     kind = raw.get("model_type")
     if kind not in FAMILIES:
-        raise InputError(f"{file}: model_type={kind!r} is not implemented; implemented: {', '.join(FAMILIES)}")
+        raise InputError(f"{file}: model_type={kind!r} is not implemented; implemented: {', '.join((*FAMILIES, *TEXT_OF))}")
+    _check_known(file, raw, READ | HARMLESS | set(FIELDS) | set(ONLY))
+    if missing := [name for name in NEEDED if name not in raw]:
+        raise InputError(f"{file}: the field {missing[0]} is missing")
+    return from_fields(_filled(file, raw), file), kind
+
+
+def _check_known(file: Path, raw: dict, names: set[str]) -> None:
     for name, value in raw.items():
         if name in ONLY and value not in ONLY[name]:
             raise InputError(f"{file}: {name}={value!r} is not implemented; implemented: {ONLY[name]}")
-        if name not in READ | HARMLESS | set(FIELDS) | set(ONLY):
+        if name not in names:
             raise InputError(
                 f"{file}: {name}={value!r} is not implemented; if it changes nothing in the forward pass, remove it"
             )
-    if missing := [n for n in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size") if n not in raw]:
-        raise InputError(f"{file}: the field {missing[0]} is missing")
-    return from_fields(_filled(file, raw), file), kind
 
 
 def _filled(file: Path, raw: dict) -> dict:

@@ -12,13 +12,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from cai_jax.models import families
+from cai_jax.models.folder import Folder
 from cai_jax.models.transformer import Transformer, TransformerConfig, init_params
 from cai_jax.sharding import path_name, put, shardings
-from cai_jax.workdir import InputError, read_json, write_json
+from cai_jax.workdir import InputError, write_json
 
 # Kind -> (our axes, their axes, the third of a fused tensor). Kernels are [in, out] here and [out, in] there, and what is one
 # axis there, in brackets of a space, may be several here. "v" is padded here, "3" is only there.
@@ -38,7 +38,7 @@ MATRICES = ("kernel", "embedding")  # the leaves that take the dtype asked for; 
 SHARD_BYTES = 2 * 1024**3  # of a file that `save` writes
 
 
-def local(path: str) -> str:
+def local(path: str, flag: str = "model") -> str:
     """A folder as it is; "owner/name" or "owner/name@revision" of the Hugging Face hub from its cache, fetched if need be.
 
     Raises InputError when it is neither. Only weights, tokenizer and configuration are fetched, no code and no pickles.
@@ -53,7 +53,7 @@ def local(path: str) -> str:
         return snapshot_download(name, revision=revision or None, allow_patterns=wanted, ignore_patterns=["*/*"])
     except (OSError, ValueError, RuntimeError) as error:  # the hub's errors are kinds of these
         why = " ".join(str(error).split())
-        raise InputError(f"--config.model.path={path}: no such folder here, and the hub does not give it: {why}") from error
+        raise InputError(f"--config.{flag}.path={path}: no such folder here, and the hub does not give it: {why}") from error
 
 
 def read_config(path: str) -> TransformerConfig:
@@ -79,46 +79,6 @@ def write_config(cfg: TransformerConfig, path: str, eos_id: int, pad_id: int, dt
         "pad_token_id": pad_id,
     }
     write_json(Path(path) / "config.json", values)
-
-
-class Folder:
-    """The tensors of a folder's safetensors files, of which nothing but what is asked for is read."""
-
-    def __init__(self, path: str):
-        self.path, single = Path(path), Path(path) / "model.safetensors"
-        index = self.path / "model.safetensors.index.json"
-        if index.is_file():
-            names = read_json(index).get("weight_map")
-            if not isinstance(names, dict) or any(not isinstance(f, str) or Path(f).name != f for f in names.values()):
-                raise InputError(f"{index}: wanted a weight_map of tensors to files beside it; fetch it again")
-            self.file = {name: self.path / file for name, file in names.items()}
-        elif single.is_file():
-            with self._open(single) as f:
-                self.file = dict.fromkeys(f.keys(), single)
-        else:
-            raise InputError(
-                f"no weights at {single}: wanted safetensors, one file or several with an index (--config.model.path)"
-            )
-        self.left = set(self.file)
-
-    @staticmethod
-    def _open(file: Path):
-        try:
-            return safe_open(file, framework="numpy")
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file}: not a whole safetensors file ({error}); fetch it again") from error
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor, which is thereby accounted for."""
-        if name not in self.file:
-            raise InputError(f"{self.path}: the tensor {name} is missing from its safetensors")
-        self.left.discard(name)
-        with self._open(self.file[name]) as f:
-            return tuple(f.get_slice(name).get_shape())
-
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        with self._open(self.file[name]) as f:  # opened and closed each time: a mapped file counts as memory
-            return f.get_slice(name)[index]
 
 
 def their_shape(kind: str, shape: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
@@ -176,7 +136,9 @@ def load(path: str, mesh, dtype=jnp.float32, vocab_multiple: int = 1):
     cfg, model_type = families.read_config(path)
     cfg = padded(cfg, vocab_multiple)
     wanted = jax.eval_shape(lambda: init_params(Transformer(cfg), jax.random.key(0)))
-    folder, names = Folder(path), families.tensors(model_type)
+    folder = Folder(path)
+    names, aside = families.tensors_in(model_type, folder.file)
+    folder.left -= aside
     scored = SCORE in folder.file
     if scored:
         wanted = {k: v for k, v in wanted.items() if k != "unembed"}

@@ -5,6 +5,7 @@ scoring can take them a few tokens at a time. Parameters are stored with the lay
 compile time flat in depth; `unstack` splits them for the decode loop, where slicing a stack at every token is slow on CPU.
 """
 
+import re
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from cai_jax.config import Lora
 from cai_jax.models.attention import Rope, attend, rope_turns, rotate, soft_cap
 from cai_jax.sharding import constrain, path_name
 
@@ -19,6 +21,11 @@ ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
+REMAT = {  # what of a layer the backward pass computes again
+    "none": lambda block, prevent_cse: block,
+    "full": nn.remat,
+    "dots": partial(nn.remat, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),  # all but products with weights
 }
 
 
@@ -55,25 +62,38 @@ class TransformerConfig:
     sliding: tuple[bool, ...] = ()  # per layer; (): none slides
     sliding_rope: Rope | None = None  # where it is another than the others'
     vocab_padding: int = 0  # rows of the embedding behind the vocabulary, for meshes that would not divide it
+    lora: Lora | None = None  # adapters beside the matrices of the layers; None, or of rank 0: none
 
 
 class Linear(nn.Module):
-    """An einsum with a kernel in float32, cast to `dtype` where it is used. `fan_in`: how many inputs meet in a sum."""
+    """An einsum with a kernel in float32, cast to `dtype` where it is used, and beside it an adapter where `lora` targets this
+    matrix. `fan_in`: how many inputs meet in a sum."""
 
     equation: str
     shape: tuple[int, ...]
     fan_in: int
     dtype: jnp.dtype
     bias: int = 0  # axes of the kernel, the last ones, that a bias has; 0: no bias
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(self, x):
         kernel = self.param("kernel", nn.initializers.normal(self.fan_in**-0.5), self.shape, jnp.float32)
         y = jnp.einsum(self.equation, x, kernel.astype(self.dtype))
+        if self.lora and self.lora.rank and re.search(self.lora.targets, "/".join(self.path[-2:])):
+            y = y + self.adapter(x)
         if not self.bias:
             return y
         bias = self.param("bias", nn.initializers.zeros, self.shape[-self.bias :], jnp.float32)
         return y + bias.astype(self.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+
+    def adapter(self, x):
+        """(alpha / rank) x A B, which starts at zero (2106.09685, section 4.1). A: [inputs..., r], B: [r, outputs...]."""
+        inputs, r = x.ndim - 2, self.lora.rank
+        a = self.param("lora_a", nn.initializers.normal(self.fan_in**-0.5), (*self.shape[:inputs], r), jnp.float32)
+        b = self.param("lora_b", nn.initializers.zeros, (r, *self.shape[inputs:]), jnp.float32)
+        z_BTR = jnp.tensordot(x, a.astype(self.dtype), inputs) * (self.lora.alpha / r)
+        return jnp.tensordot(constrain(z_BTR, "batch", None, None), b.astype(self.dtype), 1)
 
 
 class Norm(nn.Module):
@@ -106,9 +126,9 @@ class Attention(nn.Module):
         c = self.cfg
         D, N, K, H = c.width, c.num_heads, c.num_kv_heads, c.head_dim
         bias = 2 * c.qkv_bias
-        q = Linear("btd,dnh->btnh", (D, N, H), D, self.dtype, bias, name="q")(x_BTD)
-        k = Linear("btd,dkh->btkh", (D, K, H), D, self.dtype, bias, name="k")(x_BTD)
-        v = Linear("btd,dkh->btkh", (D, K, H), D, self.dtype, bias, name="v")(x_BTD)
+        q = Linear("btd,dnh->btnh", (D, N, H), D, self.dtype, bias, c.lora, name="q")(x_BTD)
+        k = Linear("btd,dkh->btkh", (D, K, H), D, self.dtype, bias, c.lora, name="k")(x_BTD)
+        v = Linear("btd,dkh->btkh", (D, K, H), D, self.dtype, bias, c.lora, name="v")(x_BTD)
         q, k = self.normed(q, "q_norm"), self.normed(k, "k_norm")
         q, k = rotate(q, turns), rotate(k, turns)
         q, k, v = (constrain(a, "batch", None, "model", None) for a in (q, k, v))
@@ -117,7 +137,7 @@ class Attention(nn.Module):
             v = jax.lax.dynamic_update_slice_in_dim(cache["v"], v.astype(cache["v"].dtype), index, axis=1)
             cache = {"k": k, "v": v}
         out = attend(q, k.astype(self.dtype), v.astype(self.dtype), mask_BTS, c.query_scale, c.attention_cap)
-        return Linear("btnh,nhd->btd", (N, H, D), N * H, self.dtype, int(c.out_bias), name="o")(out), cache
+        return Linear("btnh,nhd->btd", (N, H, D), N * H, self.dtype, int(c.out_bias), c.lora, name="o")(out), cache
 
     def normed(self, x_BTNH, name: str):
         if not self.cfg.qk_norm:
@@ -136,10 +156,10 @@ class MLP(nn.Module):
         c = self.cfg
         D, F, bias, act = c.width, c.mlp_width, int(c.mlp_bias), ACTIVATIONS[c.activation]
         if c.gated:
-            gate = Linear("btd,df->btf", (D, F), D, self.dtype, bias, name="gate")(x_BTD)
-        up = Linear("btd,df->btf", (D, F), D, self.dtype, bias, name="up")(x_BTD)
+            gate = Linear("btd,df->btf", (D, F), D, self.dtype, bias, c.lora, name="gate")(x_BTD)
+        up = Linear("btd,df->btf", (D, F), D, self.dtype, bias, c.lora, name="up")(x_BTD)
         inner = constrain(act(gate) * up if c.gated else act(up), "batch", None, "model")
-        return Linear("btf,fd->btd", (F, D), F, self.dtype, bias, name="down")(inner)
+        return Linear("btf,fd->btd", (F, D), F, self.dtype, bias, c.lora, name="down")(inner)
 
 
 class Block(nn.Module):
@@ -184,16 +204,21 @@ class Embed(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`unrolled`: the layers' parameters are `layers_0`, `layers_1`, ... (see `unstack`) instead of one stack `layers`."""
+    """`unrolled`: the layers' parameters are `layers_0`, `layers_1`, ... (see `unstack`) instead of one stack `layers`.
+
+    Raises ValueError for a `remat` that is none of REMAT.
+    """
 
     cfg: TransformerConfig
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: str = "none"
     unrolled: bool = False
 
     def setup(self):
         c = self.cfg
-        block = nn.remat(Block, prevent_cse=self.unrolled) if self.remat else Block
+        if self.remat not in REMAT:
+            raise ValueError(f"remat={self.remat!r}: wanted one of {', '.join(REMAT)}")
+        block = REMAT[self.remat](Block, prevent_cse=self.unrolled)
         self.embed = Embed(c, self.dtype)
         if self.unrolled:
             self.blocks = [block(c, self.dtype, name=f"layers_{i}") for i in range(c.num_layers)]
@@ -246,22 +271,26 @@ class Transformer(nn.Module):
 
 
 def init_params(model: Transformer, key):
-    """Random parameters (float32) as nested dicts, layers stacked."""
+    """Random parameters (float32) as nested dicts, layers stacked, also for an unrolled model."""
+    model = model.clone(unrolled=False)
     zeros = jnp.zeros((1, 1), jnp.int32)
     return model.init(key, zeros, zeros, jnp.ones((1, 1, 1), bool), method="both")["params"]
 
 
 def cast_matrices(params, dtype):
-    """Parameters as the forward multiplies by them: kernels and embeddings in `dtype`; norm scales and heads stay float32."""
+    """Parameters as they are kept frozen: kernels and embeddings in `dtype`; norm scales, adapters and heads stay float32."""
     matrix = ("kernel", "embedding")
     names = jax.tree_util.tree_map_with_path(lambda path, _: path_name(path), params)
     return jax.tree.map(lambda x, n: x.astype(dtype) if n.endswith(matrix) and "head/" not in n else x, params, names)
 
 
 def unstack(params, num_layers: int):
-    """Stacked layer parameters -> the layout of an unrolled Transformer."""
+    """Stacked layer parameters -> the layout of an unrolled Transformer. Gradients through it are stacked."""
     rest = {k: v for k, v in params.items() if k != "layers"}
-    return rest | {f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(num_layers)}
+    # The backward of one split is one concatenation; that of x[i] for every i would be a sum of stacks.
+    leaves, tree = jax.tree.flatten(params["layers"])
+    layers = zip(*(jax.lax.split(x, [1] * num_layers) for x in leaves), strict=True)
+    return rest | {f"layers_{i}": tree.unflatten(x.squeeze(0) for x in layer) for i, layer in enumerate(layers)}
 
 
 def init_cache(cfg: TransformerConfig, batch: int, slots: int, dtype):

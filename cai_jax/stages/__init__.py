@@ -1,75 +1,214 @@
 """What the stages share: which models a run has, where they lie, and what a stage's result depends on.
 
 A stage is a module with run(cfg, workdir, mesh) -> bool (False: it was done before). Stages meet only through files.
+
+Every model is a checkpoint, or what a stage made of another model: all its weights anew, or an adapter beside weights that stay
+frozen. So the models of a run are a tree, and `origin` is its table.
 """
 
 import zlib
+from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from cai_jax import checkpoints, formats, prompts, sources, tokenizer
 from cai_jax import constitution as constitutions
-from cai_jax.config import Config, as_dict
-from cai_jax.models import LM, compute_dtype, hf
+from cai_jax.config import Checkpoint, Config, as_dict
+from cai_jax.models import LM, compute_dtype, hf, lora
 from cai_jax.models.heads import init_head
-from cai_jax.models.transformer import Transformer, cast_matrices, init_params
+from cai_jax.models.transformer import Transformer, TransformerConfig, cast_matrices, init_params
+from cai_jax.sharding import shard_init
 from cai_jax.train import abstract
 from cai_jax.workdir import InputError, digest, outputs
 
-# Name of a model in results and configs -> the stage that makes it.
+# Name of a language model in results and configs -> the stage that makes it.
 MODELS = {"base": None, "sl_cai": "sft", "dpo_cai": "dpo", "rl_cai": "ppo"}
+STAGE_OF = MODELS | {"judge": None, "reward": "reward"}
 OF_INIT = {"base": "base", "sft": "sl_cai"}  # values of --config.*.init and .policy
 
 
-def load_constitution(cfg: Config) -> constitutions.Constitution:
-    templates = prompts.TEMPLATES if cfg.model.format == "plain" else load_format(cfg)[1]
+def origin(cfg: Config, name: str) -> str | None:
+    """The model that `name` starts from; None: its checkpoint."""
+    own = cfg.reward.model.path
+    starts = {"dpo_cai": "sl_cai", "rl_cai": OF_INIT[cfg.ppo.init], "reward": None if own else OF_INIT[cfg.reward.init]}
+    return starts.get(name)
+
+
+def checkpoint(cfg: Config, name: str) -> Checkpoint:
+    """The checkpoint at the root of `name`: its weights, its tokenizer, its format."""
+    own = {"sl_cai": cfg.sft.model, "judge": cfg.preferences.judge, "reward": cfg.reward.model}.get(name, Checkpoint())
+    if own.path:
+        return own
+    before = origin(cfg, name)
+    return checkpoint(cfg, before) if before else Checkpoint(cfg.model.path, cfg.model.format, cfg.model.system)
+
+
+def load_format(cfg: Config, name: str = "base") -> tuple[tokenizer.Tokenizer, dict[str, str]]:
+    """A model's tokenizer and the templates it is talked to with."""
+    c = checkpoint(cfg, name)
+    return formats.load(tokenizer.load(c.path), c.format, c.system)
+
+
+def load_constitution(cfg: Config, name: str = "base") -> constitutions.Constitution:
+    """The constitution, in the templates of a model."""
+    templates = prompts.TEMPLATES if checkpoint(cfg, name).format == "plain" else load_format(cfg, name)[1]
     return constitutions.load(cfg.constitution.path, cfg.constitution.exclude, templates=templates)
 
 
-def load_format(cfg: Config) -> tuple[tokenizer.Tokenizer, dict[str, str]]:
-    """The base's tokenizer and the templates it is talked to with."""
-    return formats.load(tokenizer.load(cfg.model.path), cfg.model.format, cfg.model.system)
-
-
 def inputs_of(
-    cfg: Config, workdir: Path, section: str, files: dict[str, str] | None = None, after: tuple[str, ...] = ()
+    cfg: Config,
+    workdir: Path,
+    section: str,
+    files: dict[str, str] | None = None,
+    after: tuple[str, ...] = (),
+    models: tuple[str, ...] = ("base",),
 ) -> dict:
-    """What a stage's result depends on: its section, the seed, the base model, files read and the outputs of earlier stages."""
-    return {
+    """What a stage's result depends on: its section, the seed, the checkpoints of its models, files read and the outputs of
+    earlier stages."""
+    inputs = {
         "config": as_dict(getattr(cfg, section)),
         "seed": cfg.seed,
         "compute_dtype": compute_dtype(cfg.model.compute_dtype).name,
-        "model": digest(cfg.model.path),
-        "format": [cfg.model.format, cfg.model.system],
+        "models": {m: as_dict(checkpoint(cfg, m)) | {"path": _weights(checkpoint(cfg, m).path)} for m in models},
         "files": {name: sources.digest(path) for name, path in (files or {}).items() if path},
         "stages": {stage: outputs(stage, workdir) for stage in after},
     }
+    for part in inputs["config"].values():  # where a folder lies changes nothing
+        if isinstance(part, dict):
+            part.pop("path", None)
+    used = {f"max_{name}" for name in files or {}} | {"human_share" if "comparisons" in (files or {}) else "max_prompt"}
+    inputs["data"] = {k: v for k, v in as_dict(cfg.data).items() if k in used}
+    if section in STAGE_OF.values():
+        inputs["trained"] = [cfg.model.trained_dtype, as_dict(cfg.lora) if adapts(cfg, section) else None]
+    return inputs
 
 
-def load_lm(cfg: Config, workdir: Path, mesh, name: str = "base", trained: bool = False) -> LM:
-    """A model of the run by name (see MODELS). Parameters are float32 to be trained, of the compute dtype when frozen."""
-    arch, tok = hf.padded(hf.read_config(cfg.model.path), cfg.model.vocab_multiple), load_format(cfg)[0]
-    if tok.vocab_size > arch.vocab_size:
-        raise InputError(f"{cfg.model.path}: the tokenizer has {tok.vocab_size} tokens, the model only {arch.vocab_size}")
-    compute, stage = compute_dtype(cfg.model.compute_dtype), MODELS[name]
-    dtype = jnp.dtype("float32") if trained else compute
-    if stage is None:
-        params = hf.load(cfg.model.path, mesh, dtype, cfg.model.vocab_multiple)
+@cache  # weights are gigabytes, and every stage asks
+def _weights(path: str) -> str:
+    return digest(path)
+
+
+def adapts(cfg: Config, stage: str | None) -> bool:
+    """Whether a stage trains an adapter instead of every weight."""
+    return cfg.lora.rank > 0 and stage in cfg.lora.stages
+
+
+def load_lm(cfg: Config, workdir: Path, mesh, name: str = "base") -> LM:
+    """A model of the run by name (see STAGE_OF), frozen: matrices of the compute dtype, adapters float32."""
+    return _lm(cfg, name, _params(cfg, workdir, mesh, name, compute_dtype(cfg.model.compute_dtype)))
+
+
+class Start(NamedTuple):
+    """What a stage starts from. `lm` is the model before, as it stays; in training, its arrays are also those of `trained`."""
+
+    lm: LM
+    net: Transformer  # of the model that is trained
+    trained: Any  # parameters, float32 or as --config.model.trained_dtype says
+    frozen: Any  # parameters, of the compute dtype; {}: none
+
+
+def load_start(cfg: Config, workdir: Path, mesh, name: str) -> Start:
+    """The model that the stage of `name` starts from, split into what it trains and what stays."""
+    adapter = adapts(cfg, STAGE_OF[name])
+    dtype = compute_dtype(cfg.model.compute_dtype) if adapter else jnp.dtype(cfg.model.trained_dtype)
+    params = _start(cfg, workdir, mesh, name, dtype)
+    return start_of(cfg, _lm(cfg, name, trunk(params) if name == "reward" else params), STAGE_OF[name], mesh)
+
+
+def start_of(cfg: Config, lm: LM, stage: str, mesh) -> Start:
+    """`lm`, of a dtype to be trained, as the start of a stage."""
+    adapter, frozen = lora.split(lm.params)
+    if adapts(cfg, stage):
+        arch = lm.cfg if adapter else lora.attach(lm.cfg, cfg.lora)
+        if not adapter:
+            adapter = shard_init(lambda key: lora.init(arch, key), mesh, stream(cfg, f"{stage}/adapter"))
     else:
-        params = cast_matrices(checkpoints.load_model(workdir / stage, abstract(_shapes(arch), mesh)), dtype)
-    return LM(arch, compute, params, tok)
+        if adapter:
+            lm = LM(lora.attach(lm.cfg, None), lm.dtype, jax.jit(lambda p: lora.merge(p, cfg.lora))(lm.params), lm.tok)
+        arch, adapter, frozen = lm.cfg, lm.params, {}
+    unrolled = cfg.model.layers == "unrolled"
+    return Start(lm, Transformer(arch, lm.dtype, remat=cfg.model.remat, unrolled=unrolled), adapter, frozen)
 
 
-def load_reward(lm: LM, workdir: Path, mesh):
-    """The reward model's parameters, {"trunk", "head"}."""
-    shapes = {"trunk": _shapes(lm.cfg), "head": jax.eval_shape(lambda: init_head(jax.random.key(0), lm.cfg.width))}
-    return checkpoints.load_model(workdir / "reward", abstract(shapes, mesh))
+def load_reward(cfg: Config, workdir: Path, mesh, dtype=None, have=()) -> LM:
+    """The reward model, params {"trunk", "head"}, frozen, or of `dtype`. `have`: (root, parameters) of a model whose frozen
+    parameters are these too if its root is (see `root`)."""
+    params = _params(cfg, workdir, mesh, "reward", dtype or compute_dtype(cfg.model.compute_dtype), have)
+    lm = _lm(cfg, "reward", params["trunk"])
+    return lm._replace(params=params)
 
 
-def _shapes(arch):
-    return jax.eval_shape(lambda: init_params(Transformer(arch), jax.random.key(0)))
+def load_merged(cfg: Config, workdir: Path, mesh, name: str) -> LM:
+    """A model of the run in float32, its adapter merged into its weights; params {"trunk", "head"} of the reward model."""
+    params = _params(cfg, workdir, mesh, name, jnp.dtype("float32"))
+    if adapts(cfg, STAGE_OF[name]):
+        params = jax.jit(lambda p: lora.merge(p, cfg.lora))(params)
+    if name == "reward":
+        return _lm(cfg, name, params["trunk"])._replace(params=params)
+    return _lm(cfg, name, params)
+
+
+def _lm(cfg: Config, name: str, params) -> LM:
+    """Parameters as a model; whether they have an adapter says whether its network does."""
+    tok, arch = load_format(cfg, name)[0], _arch(cfg, name)
+    if tok.vocab_size > arch.vocab_size:
+        path = checkpoint(cfg, name).path
+        raise InputError(f"{path}: the tokenizer has {tok.vocab_size} tokens, the model only {arch.vocab_size}")
+    if lora.split(params)[0]:
+        arch = lora.attach(arch, cfg.lora)
+    return LM(arch, compute_dtype(cfg.model.compute_dtype), params, tok)
+
+
+def _arch(cfg: Config, name: str) -> TransformerConfig:
+    return hf.padded(hf.read_config(checkpoint(cfg, name).path), cfg.model.vocab_multiple)
+
+
+def root(cfg: Config, name: str) -> str:
+    """What names the frozen parameters of a model: the nearest model or checkpoint before it that is not an adapter."""
+    if not adapts(cfg, STAGE_OF[name]):
+        return name if STAGE_OF[name] else checkpoint(cfg, name).path
+    before = origin(cfg, name)
+    return root(cfg, before) if before else checkpoint(cfg, name).path
+
+
+def trunk(params):
+    """A language model's parameters without what makes logits of them."""
+    return {k: v for k, v in params.items() if k != "unembed"}
+
+
+def _start(cfg: Config, workdir: Path, mesh, name: str, dtype):
+    """Parameters that the stage of `name` starts from, matrices of `dtype`."""
+    before, path = origin(cfg, name), checkpoint(cfg, name).path
+    if before:
+        return _params(cfg, workdir, mesh, before, dtype)
+    params = hf.load(path, mesh, dtype, cfg.model.vocab_multiple)
+    if "head" in params and name != "reward":
+        raise InputError(f"{path}: it is a sequence classifier, {name} wants a language model")
+    return params.get("trunk", params)  # a new head is trained
+
+
+def _params(cfg: Config, workdir: Path, mesh, name: str, dtype, have=()):
+    stage = STAGE_OF[name]
+    if stage is None:
+        return _start(cfg, workdir, mesh, name, dtype)
+    arch, key, adapter = _arch(cfg, name), jax.random.key(0), adapts(cfg, stage)
+    if adapter:
+        shapes = jax.eval_shape(lambda: lora.init(lora.attach(arch, cfg.lora), key))
+    else:
+        shapes = jax.eval_shape(lambda: cast_matrices(init_params(Transformer(arch), key), dtype))
+    if name == "reward":
+        shapes = {"trunk": trunk(shapes), "head": jax.eval_shape(lambda: init_head(key, arch.width))}
+    params = checkpoints.load_model(workdir / stage, abstract(shapes, mesh))
+    if not adapter:
+        return params
+    if have and have[0] == root(cfg, name):
+        frozen = have[1]
+    else:
+        frozen = lora.split(_start(cfg, workdir, mesh, name, dtype))[1]
+    return lora.join({"trunk": trunk(frozen)} if name == "reward" else frozen, params)
 
 
 def stream(cfg: Config, name: str):

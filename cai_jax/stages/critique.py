@@ -10,7 +10,7 @@ from pathlib import Path
 from cai_jax import constitution as constitutions
 from cai_jax import prompts, records
 from cai_jax.config import Config
-from cai_jax.data import load_prompts
+from cai_jax.data import load_pool
 from cai_jax.generate import Request, fits, sample_texts
 from cai_jax.stages import inputs_of, load_constitution, load_lm
 from cai_jax.workdir import InputError, begin, digest, finish, write_text
@@ -28,7 +28,6 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     constitution = load_constitution(cfg)
     files = {"redteam": cfg.data.redteam, "helpful": cfg.data.helpful, "few_shot": c.few_shot}
     inputs = inputs_of(cfg, workdir, STAGE, files) | {"constitution": constitution.fingerprint}
-    inputs["limits"] = [cfg.data.max_redteam, cfg.data.max_helpful]
     if not begin(STAGE, workdir, inputs):
         return False
     write_text(workdir / "constitution.toml", Path(cfg.constitution.path).read_text(encoding="utf-8"))
@@ -43,11 +42,10 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     def room(context: str) -> bool:
         return fits(lm, context, c.sampling.max_tokens)
 
-    revised, counts = critique_and_revise(cfg, constitution, sample, room, heat)
+    pools = {name: load_pool(cfg.data, name, lm.tok, constitution.templates) for name in ("redteam", "helpful")}
+    revised, counts = critique_and_revise(cfg, constitution, pools["redteam"][0], sample, room, heat)
     records.write(folder / "revisions.jsonl", revised)
-    helpful = []
-    for p in load_prompts(cfg.data.helpful, cfg.data.max_helpful, "data.helpful"):
-        helpful += [(p, n) for n in range(c.helpful_responses)]
+    helpful = [(p, n) for p in pools["helpful"][0] for n in range(c.helpful_responses)]
     asked = [Request(f"{p['id']}/helpful{n}", prompts.dialogue(p["messages"], constitution.templates)) for p, n in helpful]
     out = sample(asked, heat[0], "helpful responses")
     records.write(
@@ -58,14 +56,14 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
         STAGE,
         workdir,
         {f: digest(folder / f) for f in ("revisions.jsonl", "helpful.jsonl")},
-        counts | {"helpful": len(helpful)},
+        counts | {"helpful": len(helpful), "prompts": {name: counted for name, (_, counted) in pools.items()}},
     )
     journal.remove()
     return True
 
 
-def critique_and_revise(cfg: Config, constitution, sample, room, heat: list[float]) -> tuple[list[dict], dict]:
-    """All rounds for all red-team prompts. -> (records, counts).
+def critique_and_revise(cfg: Config, constitution, todo: list[dict], sample, room, heat) -> tuple[list[dict], dict]:
+    """All rounds for all red-team prompts `todo`. -> (records, counts).
 
     `sample(requests, temperature, what)` continues contexts; `room(context)` says whether the model can go on with one. A
     record that grows past that is dropped and counted; a prompt with no room from the start is bad input: `sample` raises.
@@ -86,9 +84,9 @@ def critique_and_revise(cfg: Config, constitution, sample, room, heat: list[floa
         """What each record says next, by id; those without room are left out."""
         fitting = {i: x for i, x in contexts.items() if room(x)}
         asked = [Request(f"{i}/{name}{n}", x) for i, x in fitting.items()]
-        return dict(zip(fitting, sample(asked, heat[n], f"{name}s {n}"), strict=True))
+        warmth = 0.0 if c.greedy and name == "critique" else heat[n]
+        return dict(zip(fitting, sample(asked, warmth, f"{name}s {n}"), strict=True))
 
-    todo = load_prompts(cfg.data.redteam, cfg.data.max_redteam, "data.redteam")
     asked = [Request(f"{p['id']}/response", prompts.dialogue(p["messages"], templates)) for p in todo]
     out = [
         p | {"response": s["text"], "finished": s["finished"], "temperature": heat[0], "rounds": []}

@@ -12,41 +12,37 @@ import numpy as np
 
 from cai_jax import checkpoints, optim, records
 from cai_jax.config import Config
-from cai_jax.data import encode_comparisons, epochs, load_comparisons
+from cai_jax.data import encode_comparisons, epochs, load_human
 from cai_jax.losses import dpo_loss, masked_mean
 from cai_jax.score import hidden_states, row_batch, target_logprobs
 from cai_jax.sharding import put_batch
-from cai_jax.stages import inputs_of, load_constitution, load_lm, stream
+from cai_jax.stages import inputs_of, load_constitution, load_start, stream
 from cai_jax.train import fit, init_state, make_train_step
 from cai_jax.workdir import begin, finish
 
-STAGE = "dpo"
+STAGE, NAME = "dpo", "dpo_cai"
 
 
 def run(cfg: Config, workdir: Path, mesh) -> bool:
     """Writes dpo/checkpoints, dpo/model and dpo/metrics.jsonl."""
     folder, c = workdir / STAGE, cfg.dpo
-    inputs = inputs_of(cfg, workdir, STAGE, {"comparisons": cfg.data.comparisons}, ("sft", "preferences"))
-    if not begin(STAGE, workdir, inputs | {"limit": cfg.data.max_comparisons}):
+    inputs = inputs_of(cfg, workdir, STAGE, {"comparisons": cfg.data.comparisons}, ("sft", "preferences"), (NAME,))
+    if not begin(STAGE, workdir, inputs):
         return False
-    lm, templates, drops = (
-        load_lm(cfg, workdir, mesh, "sl_cai", trained=True),
-        load_constitution(cfg).templates,
-        records.Drops(),
-    )
-    pairs = records.read(workdir / "preferences" / "comparisons.jsonl", ("messages", "response_a", "response_b", "p_a"))
-    pairs += load_comparisons(cfg.data.comparisons, cfg.data.max_comparisons, "data.comparisons")
-    arrays = encode_comparisons(lm.tok, templates, pairs, lm.cfg.max_length, drops)
-    net = lm.net(remat=cfg.model.remat)
-    arrays["reference"] = reference_logprobs(net, lm.params, arrays, c.batch_size, mesh)
+    start, templates, drops = load_start(cfg, workdir, mesh, NAME), load_constitution(cfg, NAME).templates, records.Drops()
+    ai = records.read(workdir / "preferences" / "comparisons.jsonl", ("messages", "response_a", "response_b", "p_a"))
+    human, given = load_human(cfg.data, len(ai), drops)
+    lm, net = start.lm, start.net
+    arrays = encode_comparisons(lm.tok, templates, ai + human, lm.cfg.max_length, drops)
+    del arrays["prompt"]
+    arrays["reference"] = reference_logprobs(lm.net(), lm.params, arrays, c.batch_size, mesh)
     batch_at, steps = epochs(arrays, c.batch_size, c.epochs, cfg.seed, STAGE)
     tx = optim.make(c.optimizer, steps)
     step = make_train_step(preference_loss(net, c.beta), tx, mesh, c.microbatches)
-    state = fit(
-        STAGE, folder, init_state(lm.params, tx, mesh), step, batch_at, steps, stream(cfg, STAGE), c.checkpoint_every, mesh
-    )
+    state, key = init_state(start.trained, tx, mesh), stream(cfg, STAGE)
+    state = fit(STAGE, folder, state, start.frozen, step, batch_at, steps, key, c.checkpoint_every, mesh)
     checkpoints.save_model(folder, state.params)
-    counts = drops.counts(len(pairs), len(arrays["p_a"])) | {"steps": steps}
+    counts = drops.counts(len(ai) + given, len(arrays["p_a"])) | {"steps": steps}
     finish(STAGE, workdir, {"model": checkpoints.fingerprint(state.params)}, counts)
     return True
 

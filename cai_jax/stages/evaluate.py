@@ -8,30 +8,36 @@ from pathlib import Path
 
 from cai_jax import records
 from cai_jax.config import Config
+from cai_jax.data import load_comparisons, load_prompts, said
 from cai_jax.evaluation import answers, evenly, judged, known, summary, verdict
 from cai_jax.progress import table
 from cai_jax.stages import MODELS, inputs_of, load_constitution, load_lm
-from cai_jax.workdir import begin, digest, finish, write_json
+from cai_jax.workdir import InputError, begin, digest, finish, write_json
 
 STAGE = "evaluate"
+PIPELINE = {"redteam": load_prompts, "helpful": load_prompts, "comparisons": load_comparisons}  # what models learn from
 SHOWN = ("harm_rate", "harm_score", "helpfulness", "over_refusal", "evasive", "explained", "coherent")
 
 
 def run(cfg: Config, workdir: Path, mesh) -> bool:
     folder, c = workdir / STAGE, cfg.evaluate
     after = tuple(s for s in cfg.stages if s in ("critique", *filter(None, MODELS.values())))
-    inputs = inputs_of(cfg, workdir, STAGE, {"redteam": c.redteam, "heldout": c.heldout}, after)
+    files = {name: getattr(cfg.data, name) for name in PIPELINE} | {"evaluated": c.redteam, "heldout": c.heldout}
+    models = [m for m, stage in MODELS.items() if stage is None or stage in cfg.stages]
+    inputs = inputs_of(cfg, workdir, STAGE, files, after, tuple(models))
     if not begin(STAGE, workdir, inputs | {"constitution": load_constitution(cfg).fingerprint}):
         return False
-    sets = {name: evenly(judged(getattr(c, name), f"evaluate.{name}"), c.limit) for name in ("heldout", "redteam")}
+    sets = {name: judged(getattr(c, name), f"evaluate.{name}") for name in ("heldout", "redteam")}
+    sets["heldout"], counts = unseen(cfg, sets["heldout"])
+    sets = {name: evenly(todo, c.limit) for name, todo in sets.items()}
     modes = {"sampled": c.sampling, "greedy": dataclasses.replace(c.sampling, temperature=0.0)}
     journal, results, transcripts = records.Journal(folder / "journal.jsonl"), {}, []
-    for model in [m for m, stage in MODELS.items() if stage is None or stage in cfg.stages]:
-        lm = load_lm(cfg, workdir, mesh, model)
+    for model in models:
+        lm, templates = load_lm(cfg, workdir, mesh, model), load_constitution(cfg, model).templates
         results[model] = {name: {} for name in sets}
         for name, todo in sets.items():
             for mode, sampling in modes.items():
-                texts = answers(cfg, lm, todo, sampling, journal, mesh, f"{name}-{model}-{mode}")
+                texts = answers(cfg, lm, templates, todo, sampling, journal, mesh, f"{name}-{model}-{mode}")
                 results[model][name][mode] = summary(todo, texts)
                 transcripts += [
                     p
@@ -50,10 +56,25 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
         revised = records.read(workdir / "critique" / "revisions.jsonl", ("rounds",))
         if revised and all(map(known, revised)):
             write_json(folder / "rounds.json", by_round(revised))
-    finish(STAGE, workdir, {"results.json": digest(folder / "results.json")}, {"prompts": {k: len(v) for k, v in sets.items()}})
+    counts = {"prompts": {k: len(v) for k, v in sets.items()}, "heldout": counts}
+    finish(STAGE, workdir, {"results.json": digest(folder / "results.json")}, counts)
     journal.remove()
     show(results)
     return True
+
+
+def unseen(cfg: Config, todo: list[dict]) -> tuple[list[dict], dict]:
+    """The held-out prompts that stand in no file of the pipeline. -> (records, counts). Raises InputError when none is left."""
+    drops, seen = records.Drops(), {}
+    for name, load in PIPELINE.items():
+        rows = load(getattr(cfg.data, name), getattr(cfg.data, f"max_{name}"), f"data.{name}", records.Drops())
+        seen |= dict.fromkeys(map(said, rows), f"in --config.data.{name}")
+    kept = [r for r in todo if drops.keep(said(r) not in seen, seen.get(said(r)))]
+    if not kept:
+        raise InputError(
+            f"--config.evaluate.heldout={cfg.evaluate.heldout}: the models were trained on all of it: {drops.reasons}"
+        )
+    return kept, drops.counts(len(todo), len(kept))
 
 
 def by_round(revised: list[dict]) -> dict:

@@ -11,7 +11,7 @@ import numpy as np
 from cai_jax import constitution as constitutions
 from cai_jax import prompts, records
 from cai_jax.config import Config
-from cai_jax.data import load_prompts
+from cai_jax.data import load_pool
 from cai_jax.generate import Request, fits, sample_texts
 from cai_jax.losses import preference_from_logprobs
 from cai_jax.score import averaged_preference, option_logprobs
@@ -24,19 +24,18 @@ OPTION_TOKENS = 8  # room for an option in any tokenizer
 
 def run(cfg: Config, workdir: Path, mesh) -> bool:
     folder, c = workdir / STAGE, cfg.preferences
-    constitution = load_constitution(cfg)
-    after = ("sft",) if c.policy == "sft" else ()
-    inputs = inputs_of(cfg, workdir, STAGE, {"redteam": cfg.data.redteam, "few_shot": c.few_shot}, after)
-    inputs |= {"constitution": constitution.fingerprint, "limits": [cfg.data.max_redteam]}
+    constitution, writer = load_constitution(cfg, "judge"), OF_INIT[c.policy]
+    after, files = ("sft",) if c.policy == "sft" else (), {"redteam": cfg.data.redteam, "few_shot": c.few_shot}
+    inputs = inputs_of(cfg, workdir, STAGE, files, after, (writer, "judge")) | {"constitution": constitution.fingerprint}
     if not begin(STAGE, workdir, inputs):
         return False
-    todo = load_prompts(cfg.data.redteam, cfg.data.max_redteam, "data.redteam")
     journal = records.Journal(folder / "journal.jsonl")
-    policy = load_lm(cfg, workdir, mesh, OF_INIT[c.policy])
-    asked = [
-        Request(f"{p['id']}/{side}", prompts.dialogue(p["messages"], constitution.templates)) for p in todo for side in "ab"
-    ]
-    samples = sample_texts(policy, asked, c.sampling, cfg.seed, journal, mesh, constitution.templates)
+    policy, templates = load_lm(cfg, workdir, mesh, writer), load_constitution(cfg, writer).templates
+    pool, counted = load_pool(cfg.data, "redteam", policy.tok, templates)
+    todo = [p | {"id": f"{p['id']}+{n}" if n else p["id"]} for n in range(c.pairs) for p in pool]
+    asked = [Request(f"{p['id']}/{side}", prompts.dialogue(p["messages"], templates)) for p in todo for side in "ab"]
+    samples = sample_texts(policy, asked, c.sampling, cfg.seed, journal, mesh, templates)
+    del policy  # before the judge is loaded
     drops, pairs = records.Drops(), []
     for p, a, b in zip(todo, samples[0::2], samples[1::2], strict=True):
         whole, said = a["finished"] and b["finished"], a["text"] and b["text"]  # what is cut off must not be taught as an end
@@ -46,13 +45,13 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
             and drops.keep(a["text"] != b["text"], "identical responses")
         ):
             pairs.append(p | {"response_a": a["text"], "response_b": b["text"]})
-    judged = judge(cfg, load_lm(cfg, workdir, mesh), constitution, pairs, journal, mesh, drops) if pairs else []
+    judged = judge(cfg, load_lm(cfg, workdir, mesh, "judge"), constitution, pairs, journal, mesh, drops) if pairs else []
     if not judged:
         raise InputError(
             f"preferences: of {len(todo)} prompts none gave two different responses to judge: {dict(drops.reasons)}"
         )
     records.write(folder / "comparisons.jsonl", judged)
-    counts = drops.counts(len(todo), len(judged)) | label_statistics(judged)
+    counts = drops.counts(len(todo), len(judged)) | label_statistics(judged) | {"prompts": {"redteam": counted}}
     finish(STAGE, workdir, {"comparisons.jsonl": digest(folder / "comparisons.jsonl")}, counts)
     journal.remove()
     return True

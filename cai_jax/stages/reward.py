@@ -13,12 +13,13 @@ import numpy as np
 
 from cai_jax import checkpoints, optim, records
 from cai_jax.config import Config
-from cai_jax.data import encode_comparisons, epochs, load_comparisons
+from cai_jax.data import encode_comparisons, epochs, load_human
 from cai_jax.losses import masked_mean, soft_preference_loss
+from cai_jax.models import lora
 from cai_jax.models.heads import init_head
 from cai_jax.score import reward_scores
 from cai_jax.sharding import put, put_batch
-from cai_jax.stages import OF_INIT, inputs_of, load_constitution, load_lm, stream
+from cai_jax.stages import inputs_of, load_constitution, load_start, origin, stream
 from cai_jax.train import fit, init_state, make_train_step
 from cai_jax.workdir import begin, finish, write_json
 
@@ -29,30 +30,35 @@ BINS = 10  # of the calibration table
 def run(cfg: Config, workdir: Path, mesh) -> bool:
     """Writes reward/checkpoints, reward/model, reward/metrics.jsonl and reward/evaluation.json."""
     folder, c = workdir / STAGE, cfg.reward
-    after = ("preferences",) + (("sft",) if c.init == "sft" else ())
-    inputs = inputs_of(cfg, workdir, STAGE, {"comparisons": cfg.data.comparisons}, after) | {"limit": cfg.data.max_comparisons}
+    after = ("preferences",) + (("sft",) if origin(cfg, STAGE) == "sl_cai" else ())
+    inputs = inputs_of(cfg, workdir, STAGE, {"comparisons": cfg.data.comparisons}, after, (STAGE,))
     if not begin(STAGE, workdir, inputs):
         return False
-    lm = load_lm(cfg, workdir, mesh, OF_INIT[c.init], trained=True)
+    start, drops = load_start(cfg, workdir, mesh, STAGE), records.Drops()
     ai = records.read(workdir / "preferences" / "comparisons.jsonl", ("messages", "response_a", "response_b", "p_a"))
-    human = load_comparisons(cfg.data.comparisons, cfg.data.max_comparisons, "data.comparisons")
-    drops = records.Drops()
-    arrays = encode_comparisons(lm.tok, load_constitution(cfg).templates, ai + human, lm.cfg.max_length, drops)
-    held = np.random.default_rng([cfg.seed, 7]).random(len(arrays["p_a"])) < c.heldout_share
+    human, given = load_human(cfg.data, len(ai), drops)
+    templates, (arch, tok) = load_constitution(cfg, STAGE).templates, (start.lm.cfg, start.lm.tok)
+    arrays = encode_comparisons(tok, templates, ai + human, arch.max_length, drops)
+    held = held_out(arrays.pop("prompt"), c.heldout_share, cfg.seed)
     train = {k: v[~held] for k, v in arrays.items()}
     batch_at, steps = epochs(train, c.batch_size, c.epochs, cfg.seed, STAGE)
-    net, key = lm.net(remat=cfg.model.remat), stream(cfg, STAGE)
-    params = {"trunk": lm.params} | put({"head": init_head(jax.random.fold_in(key, 1), lm.cfg.width)}, mesh)
-    tx = optim.make(c.optimizer, steps)
-    step = make_train_step(reward_loss(net), tx, mesh, c.microbatches)
-    state = fit(STAGE, folder, init_state(params, tx, mesh), step, batch_at, steps, key, c.checkpoint_every, mesh)
+    net, key = start.net, stream(cfg, STAGE)
+    params = {"trunk": start.trained} | put({"head": init_head(jax.random.fold_in(key, 1), arch.width)}, mesh)
+    frozen, tx = {"trunk": start.frozen}, optim.make(c.optimizer, steps)
+    step, state = make_train_step(reward_loss(net), tx, mesh, c.microbatches), init_state(params, tx, mesh)
+    state = fit(STAGE, folder, state, frozen, step, batch_at, steps, key, c.checkpoint_every, mesh)
     checkpoints.save_model(folder, state.params)
-    report = evaluate(net, state.params, arrays, held, c.batch_size, mesh)
+    report = evaluate(net, lora.join(frozen, state.params), arrays, held, c.batch_size, mesh)
     write_json(folder / "evaluation.json", report)
-    counts = drops.counts(len(ai) + len(human), len(held)) | {"ai": len(ai), "human": len(human)}
+    counts = drops.counts(len(ai) + given, len(held)) | {"ai": len(ai), "human": len(human)}
     counts |= {"human_share": len(human) / (len(ai) + len(human)), "heldout": int(held.sum()), "steps": steps}
     finish(STAGE, workdir, {"model": checkpoints.fingerprint(state.params), "scale": report["scale"]}, counts)
     return True
+
+
+def held_out(prompt_N: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Which comparisons are kept from training: all or none of those on one prompt. -> bool [N]."""
+    return (np.random.default_rng([seed, 7]).random(prompt_N.max() + 1) < share)[prompt_N]
 
 
 def pair_scores(net, params, tokens_B2T, lengths_B2):

@@ -5,7 +5,7 @@ from pathlib import Path
 from cai_jax import checkpoints, optim, prompts, records
 from cai_jax.config import Config
 from cai_jax.data import epochs, pack
-from cai_jax.stages import inputs_of, load_constitution, load_lm, stream
+from cai_jax.stages import inputs_of, load_constitution, load_start, stream
 from cai_jax.train import fit, init_state, language_model_loss, make_train_step
 from cai_jax.workdir import begin, finish
 
@@ -37,21 +37,25 @@ def targets(cfg: Config, workdir: Path, drops: records.Drops) -> tuple[int, list
 def run(cfg: Config, workdir: Path, mesh) -> bool:
     """Writes sft/checkpoints (training state), sft/model (parameters) and sft/metrics.jsonl."""
     folder, c = workdir / STAGE, cfg.sft
-    if not begin(STAGE, workdir, inputs_of(cfg, workdir, STAGE, after=("critique",))):
+    if not begin(STAGE, workdir, inputs_of(cfg, workdir, STAGE, after=("critique",), models=("sl_cai",))):
         return False
-    lm, templates, drops = load_lm(cfg, workdir, mesh, trained=True), load_constitution(cfg).templates, records.Drops()
+    start, templates, drops = (
+        load_start(cfg, workdir, mesh, "sl_cai"),
+        load_constitution(cfg, "sl_cai").templates,
+        records.Drops(),
+    )
     given, pairs = targets(cfg, workdir, drops)
-    examples = []
+    examples, tok = [], start.lm.tok
     for messages, text in pairs:
-        prompt = lm.tok.prompt(prompts.dialogue(messages, templates))
-        examples.append((prompt + lm.tok.encode(prompts.completion(text, templates)) + [lm.tok.eos_id], len(prompt)))
+        prompt = tok.prompt(prompts.dialogue(messages, templates))
+        examples.append((prompt + tok.encode(prompts.completion(text, templates)) + [tok.eos_id], len(prompt)))
     rows = pack(examples, c.length, drops)
     kept = int(sum(rows["segments"].max(axis=1)))
     batch_at, steps = epochs(rows, c.rows, c.epochs, cfg.seed, STAGE)
     tx = optim.make(c.optimizer, steps)
-    step = make_train_step(language_model_loss(lm.net(remat=cfg.model.remat)), tx, mesh, c.microbatches)
-    state = init_state(lm.params, tx, mesh)
-    state = fit(STAGE, folder, state, step, batch_at, steps, stream(cfg, STAGE), c.checkpoint_every, mesh)
+    step = make_train_step(language_model_loss(start.net), tx, mesh, c.microbatches)
+    state = init_state(start.trained, tx, mesh)
+    state = fit(STAGE, folder, state, start.frozen, step, batch_at, steps, stream(cfg, STAGE), c.checkpoint_every, mesh)
     checkpoints.save_model(folder, state.params)
     counts = drops.counts(given, kept)
     counts |= {"rows": len(rows["tokens"]), "steps": steps, "target_tokens": int(rows["weights"].sum())}

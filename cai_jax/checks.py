@@ -1,0 +1,110 @@
+"""A configuration is checked before anything runs: what each value may be, and what they may be together."""
+
+import dataclasses
+
+from cai_jax.config import STAGES, Config, section, walk
+
+CHOICES = {
+    "model.format": ("plain", "chat"),
+    **{f"{part}.format": ("plain", "chat") for part in ("sft.model", "preferences.judge", "reward.model")},
+    "model.compute_dtype": ("auto", "float32", "bfloat16"),
+    "model.trained_dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "full", "dots"),
+    "model.layers": ("scanned", "unrolled"),
+    "sft.revisions": ("last", "all"),
+    "preferences.policy": ("sft", "base"),
+    "preferences.labels": ("soft", "hard"),
+    "reward.init": ("sft", "base"),
+    "ppo.init": ("sft", "base"),
+    "ppo.value_network": ("separate", "shared"),
+}
+AT_LEAST_ONE = "epochs rows length batch_size microbatches minibatches max_tokens checkpoint_every score_batch".split()
+AT_LEAST_ONE += "principles pairs kl_horizon num_layers num_heads num_kv_heads width mlp_width steps vocab_multiple".split()
+SHARES = ("helpful_share", "human_share", "heldout_share", "top_p", "discount", "gae_lambda")
+ABOVE_ZERO = ("top_p", "clip_norm", "kl_target", "alpha")
+NOT_NEGATIVE = ("rounds", "temperature", "temperature_end", "learning_rate", "kl_coef", "clip", "beta", "iterations", "limit")
+NOT_NEGATIVE += ("seed", "max_redteam", "max_helpful", "max_comparisons", "helpful_responses", "warmup_steps", "evaluate_every")
+NOT_NEGATIVE += ("rank", "max_prompt")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run. The message names the flag to change."""
+
+
+def _require(good: bool, flag: str, got, wanted: str) -> None:
+    if not good:
+        raise ConfigError(f"--config.{flag}={got!r}: wanted {wanted}")
+
+
+def resolve(config) -> Config:
+    """ConfigDict -> Config, checked. Raises ConfigError that names the flag, what it got and what is wanted."""
+    cfg = section(config, Config)
+    for flag, name, value in walk(cfg):
+        _require(value is not None, flag, value, "a value")
+        if flag in CHOICES:
+            _require(value in CHOICES[flag], flag, value, "one of " + ", ".join(CHOICES[flag]))
+        if name in AT_LEAST_ONE:
+            _require(value >= 1, flag, value, "a whole number of at least 1")
+        if name in SHARES:
+            _require(0 <= value <= 1, flag, value, "a share between 0 and 1")
+        if name in ABOVE_ZERO:
+            _require(value > 0, flag, value, "more than zero")
+        if name in NOT_NEGATIVE:
+            _require(value >= 0, flag, value, "zero or more")
+    _check_stages(cfg)
+    _require(len(cfg.mesh) == 3 and all(isinstance(s, int) for s in cfg.mesh), "mesh", cfg.mesh, "three whole numbers")
+    for name in ("sft", "reward", "dpo"):
+        part = getattr(cfg, name)
+        rows = part.rows if name == "sft" else part.batch_size
+        _require(rows % part.microbatches == 0, f"{name}.microbatches", part.microbatches, f"a divisor of the batch, {rows}")
+    rows, parts = cfg.ppo.batch_size, cfg.ppo.minibatches
+    _require(rows % parts == 0, "ppo.minibatches", parts, f"a divisor of the batch, {rows}")
+    clamp = cfg.preferences.clamp
+    good = len(clamp) == 2 and all(isinstance(x, int | float) for x in clamp) and 0 <= clamp[0] < clamp[1] <= 1
+    _require(good, "preferences.clamp", clamp, "two bounds with 0 <= low < high <= 1")
+    thinks, shown = cfg.preferences.chain_of_thought, cfg.preferences.few_shot
+    _require(not (thinks and shown), "preferences.few_shot", shown, "none with chain_of_thought: the blocks hold no thoughts")
+    heat, top_p = cfg.ppo.sampling.temperature, cfg.ppo.sampling.top_p
+    _require(heat > 0, "ppo.sampling.temperature", heat, "more than zero: rollouts are sampled")
+    _require(top_p == 1, "ppo.sampling.top_p", top_p, "1: rollouts are scored under the whole distribution")
+    return cfg
+
+
+def _check_stages(cfg: Config) -> None:
+    stages = cfg.stages
+    for stage in stages:
+        _require(stage in STAGES, "stages", stage, "stages out of " + ", ".join(STAGES))
+    _require(len(set(stages)) == len(stages), "stages", stages, "each stage once")
+    order = [STAGES.index(s) for s in stages]
+    _require(order == sorted(order), "stages", stages, "the order " + ", ".join(STAGES))
+    needs = {
+        "sft": ("critique",),
+        "preferences": ("sft",) if cfg.preferences.policy == "sft" else (),
+        "reward": ("preferences",) + (("sft",) if cfg.reward.init == "sft" else ()),
+        "dpo": ("preferences", "sft"),
+        "ppo": ("reward",) + (("sft",) if cfg.ppo.init == "sft" else ()),
+    }
+    for stage in stages:
+        for need in needs.get(stage, ()):
+            _require(need in stages, "stages", stages, f"{need}, which {stage} reads (stages already done are skipped)")
+
+
+def check_batches(cfg: Config, ways: int) -> None:
+    """Raises ConfigError for a batch of a stage in `cfg.stages` that a mesh cannot split evenly over `ways` devices."""
+    sampled = ("critique", "preferences", "evaluate")
+    parts = {  # rows that lie on the mesh together: flag -> (rows, how many parts they are taken in)
+        **{f"{s}.sampling.batch_size": (getattr(cfg, s).sampling.batch_size, 1) for s in sampled},
+        "preferences.score_batch": (cfg.preferences.score_batch, 1),
+        "pretrain.rows": (cfg.pretrain.rows, 1),
+        "sft.rows": (cfg.sft.rows, cfg.sft.microbatches),
+        "reward.batch_size": (cfg.reward.batch_size, cfg.reward.microbatches),
+        "dpo.batch_size": (cfg.dpo.batch_size, cfg.dpo.microbatches),
+        "ppo.batch_size": (cfg.ppo.batch_size, cfg.ppo.minibatches),
+    }
+    if cfg.preferences.chain_of_thought:
+        parts["preferences.thought.batch_size"] = (cfg.preferences.thought.batch_size, 1)
+    if cfg.ppo.evaluate_every and "ppo" in cfg.stages:
+        cfg = dataclasses.replace(cfg, stages=(*cfg.stages, "evaluate"))
+    for flag, (rows, taken) in parts.items():
+        wanted = f"a multiple of {ways * taken}: {ways} devices share the rows" + f" of each of {taken} parts" * (taken > 1)
+        _require(flag.split(".")[0] not in cfg.stages or rows % (ways * taken) == 0, flag, rows, wanted)

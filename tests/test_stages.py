@@ -1,0 +1,154 @@
+"""The models of a run: what each starts from, whose tokenizer it has, what is trained of it and what stays."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from cai_jax import checkpoints, stages
+from cai_jax.config import PPO, SFT, Checkpoint, Config, Lora, Model, Preferences, Reward
+from cai_jax.models import hf, lora
+from cai_jax.models.heads import init_head
+from cai_jax.sharding import put
+from cai_jax.stages.ppo import models
+from cai_jax.workdir import InputError, finish
+
+TOKENS, LENGTHS = tiny.rows([9, 12], 12)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """-> makes a checkpoint of a seed, untied, with a tokenizer."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def write(seed):
+        path = root / str(seed)
+        if not path.exists():
+            hf.save(str(path), tiny.params(tiny.UNTIED, seed), tiny.UNTIED, jnp.float32)
+            hf.write_config(tiny.UNTIED, str(path), tiny.END, tiny.PAD, jnp.float32)
+            tiny.tokenizer().hf.save_pretrained(path)
+        return str(path)
+
+    return write
+
+
+def noisy(tree, seed, scale=0.05):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: np.asarray(x) + rng.normal(0, scale, x.shape).astype(np.float32), tree)
+
+
+def logits(lm):
+    return np.asarray(tiny.logits(lm.net(), lm.params, TOKENS, LENGTHS))
+
+
+def save(workdir, stage, params, mesh):
+    checkpoints.save_model(workdir / stage, put(params, mesh))
+    finish(stage, workdir, {"scale": {"mean": 0.0, "std": 1.0}}, {})
+
+
+def test_the_table_of_origins():
+    cfg = Config(model=Model(path="base"))
+    assert [stages.origin(cfg, m) for m in ("base", "judge", "sl_cai", "dpo_cai", "rl_cai", "reward")] == [
+        *(None, None, None, "sl_cai", "sl_cai", "sl_cai")
+    ]
+    cfg = replace(cfg, sft=SFT(model=Checkpoint("raw")), preferences=Preferences(judge=Checkpoint("judge", "chat", "Be fair.")))
+    roots = {m: stages.checkpoint(cfg, m) for m in stages.STAGE_OF}
+    assert {m: c.path for m, c in roots.items()} == {
+        "base": "base", "judge": "judge", "sl_cai": "raw", "dpo_cai": "raw", "rl_cai": "raw", "reward": "raw"
+    }  # fmt: skip
+    assert roots["judge"] == Checkpoint("judge", "chat", "Be fair.")
+    cfg = replace(cfg, reward=Reward(model=Checkpoint("other")), ppo=PPO(init="base"))
+    assert stages.origin(cfg, "reward") is None and stages.checkpoint(cfg, "reward").path == "other"
+    assert stages.origin(cfg, "rl_cai") == "base" and stages.checkpoint(cfg, "rl_cai").path == "base"
+
+
+def test_the_frozen_weights_of_an_adapter_are_those_of_the_model_before_it():
+    full = Config(model=Model(path="base"))
+    assert [stages.root(full, m) for m in ("base", "sl_cai", "rl_cai", "reward")] == ["base", "sl_cai", "rl_cai", "reward"]
+    every = replace(full, lora=Lora(rank=2))
+    assert {stages.root(every, m) for m in stages.STAGE_OF} == {"base"}
+    late = replace(full, lora=Lora(rank=2, stages=("reward", "ppo")))
+    assert [stages.root(late, m) for m in ("sl_cai", "rl_cai", "reward")] == ["sl_cai"] * 3
+
+
+def test_adapters_on_a_tuned_model_have_it_as_their_reference(folder, tmp_path, mesh1):
+    """The reference is the base with the adapter off, and policy, value and reward model share one frozen base."""
+    cfg = Config(model=Model(path=folder(0)), lora=Lora(rank=2, stages=("reward", "ppo")))
+    tuned = noisy(tiny.params(tiny.UNTIED), 1)
+    arch = lora.attach(tiny.UNTIED, cfg.lora)
+    adapter = noisy(lora.init(arch, jax.random.key(0)), 2, 0.2)
+    head = jax.tree.map(np.asarray, init_head(jax.random.key(1), tiny.CFG.width))
+    with jax.set_mesh(mesh1):
+        save(tmp_path, "sft", tuned, mesh1)
+        save(tmp_path, "reward", {"trunk": adapter, "head": head}, mesh1)
+        start = stages.load_start(cfg, tmp_path, mesh1, "rl_cai")
+        trained, frozen = models(cfg, tmp_path, mesh1, start, jax.random.key(0))
+        assert frozen.reference.cfg.lora is None and tiny.same_bits(frozen.reference.params, put(tuned, mesh1))
+        assert set(lora.split(trained["policy"])[1]) == set() and set(lora.split(trained["value"]["trunk"])[1]) == set()
+        policy = start.lm._replace(cfg=frozen.net.cfg, params=lora.join(frozen.params["policy"], trained["policy"]))
+        np.testing.assert_array_equal(logits(policy), logits(start.lm))  # an adapter starts as nothing
+        shared = frozen.params["policy"]["layers"]["mlp"]["up"]["kernel"]
+        for other in (frozen.params["value"]["trunk"], frozen.reward.params["trunk"], frozen.reference.params):
+            assert other["layers"]["mlp"]["up"]["kernel"] is shared
+        assert tiny.same_bits(trained["value"]["trunk"], put(adapter, mesh1))  # the value network starts as the reward model
+        assert "unembed" not in frozen.reward.params["trunk"] and "unembed" not in frozen.params["value"]["trunk"]
+        wanted = lora.merge(lora.join({k: v for k, v in tuned.items() if k != "unembed"}, adapter), cfg.lora)
+        merged = lora.merge(frozen.reward.params["trunk"], cfg.lora)
+        tiny.assert_close(merged, wanted, 1e-6)
+
+
+def test_an_adapter_goes_on_from_the_adapter_before_it(folder, tmp_path, mesh1):
+    cfg = Config(model=Model(path=folder(0)), lora=Lora(rank=2))
+    adapter = noisy(lora.init(lora.attach(tiny.UNTIED, cfg.lora), jax.random.key(0)), 2, 0.2)
+    with jax.set_mesh(mesh1):
+        save(tmp_path, "sft", adapter, mesh1)
+        sl, start = stages.load_lm(cfg, tmp_path, mesh1, "sl_cai"), stages.load_start(cfg, tmp_path, mesh1, "rl_cai")
+        assert tiny.same_bits(start.trained, put(adapter, mesh1)) and sl.cfg.lora == cfg.lora
+        np.testing.assert_array_equal(logits(start.lm), logits(sl))
+        assert np.abs(logits(sl) - logits(stages.load_lm(cfg, tmp_path, mesh1))).max() > 0.1
+        whole = stages.load_start(replace(cfg, lora=Lora(rank=2, stages=("sft",))), tmp_path, mesh1, "dpo_cai")
+        assert whole.frozen == {} and whole.net.cfg.lora is None and not lora.split(whole.trained)[0]
+        np.testing.assert_allclose(logits(whole.lm), logits(sl), atol=1e-4)  # all weights go on from the merged ones
+
+
+def test_a_model_with_a_checkpoint_of_its_own(folder, tmp_path, mesh1):
+    cfg = Config(model=Model(path=folder(0)), reward=Reward(model=Checkpoint(folder(1))), sft=SFT(model=Checkpoint(folder(2))))
+    with jax.set_mesh(mesh1):
+        for name, seed in (("base", 0), ("judge", 0)):
+            assert tiny.same_bits(stages.load_lm(cfg, tmp_path, mesh1, name).params, put(tiny.params(tiny.UNTIED, seed), mesh1))
+        start = stages.load_start(cfg, tmp_path, mesh1, "reward")
+        assert "unembed" not in start.trained
+        assert tiny.same_bits(start.trained, stages.trunk(put(tiny.params(tiny.UNTIED, 1), mesh1)))
+        assert tiny.same_bits(
+            stages.load_start(cfg, tmp_path, mesh1, "sl_cai").trained, put(tiny.params(tiny.UNTIED, 2), mesh1)
+        )
+
+
+def test_a_reward_checkpoint_is_no_language_model(folder, tmp_path, mesh1):
+    path, head = str(tmp_path / "scores"), init_head(jax.random.key(1), tiny.CFG.width)
+    hf.save(path, stages.trunk(tiny.params(tiny.UNTIED)), tiny.UNTIED, jnp.float32, head=head)
+    hf.write_config(tiny.UNTIED, path, tiny.END, tiny.PAD, jnp.float32)
+    tiny.tokenizer().hf.save_pretrained(path)
+    with jax.set_mesh(mesh1):
+        with pytest.raises(InputError, match="scores: it is a sequence classifier, base wants a language model"):
+            stages.load_lm(Config(model=Model(path=path)), tmp_path, mesh1)
+        cfg = Config(model=Model(path=folder(0)), reward=Reward(model=Checkpoint(path)))
+        start = stages.load_start(cfg, tmp_path, mesh1, "reward")  # its trunk is a start
+    assert tiny.same_bits(start.trained, stages.trunk(put(tiny.params(tiny.UNTIED), mesh1)))
+
+
+def test_frozen_weights_are_of_the_compute_dtype_and_trained_ones_as_asked(folder, tmp_path, mesh1):
+    cfg = Config(model=Model(path=folder(0), compute_dtype="bfloat16"), lora=Lora(rank=2, stages=("ppo",)))
+    with jax.set_mesh(mesh1):
+        dtypes = {k: x.dtype.name for k, x in stages.load_start(cfg, tmp_path, mesh1, "sl_cai").trained["embed"].items()}
+        assert dtypes == {"embedding": "float32"}
+        small = replace(cfg, model=replace(cfg.model, trained_dtype="bfloat16"))
+        assert stages.load_start(small, tmp_path, mesh1, "sl_cai").trained["embed"]["embedding"].dtype == jnp.bfloat16
+        save(tmp_path, "sft", tiny.params(tiny.UNTIED), mesh1)
+        start = stages.load_start(cfg, tmp_path, mesh1, "rl_cai")
+        assert {x.dtype.name for x in jax.tree.leaves(start.trained)} == {"float32"}
+        assert start.frozen["embed"]["embedding"].dtype == jnp.bfloat16
+        assert start.frozen["final_norm"]["scale"].dtype == jnp.float32
