@@ -126,7 +126,7 @@ def check(out: Path, name: str, mesh, lm: LM) -> tuple[float, float]:
     again, an adapter is the one in `lm`, what `export` gave. -> (the largest difference of a logit, or of a score; the largest
     of them all)."""
     tok, length = lm.tok, min(TOKENS, lm.cfg.max_length)
-    usable = np.setdiff1d(np.arange(tok.vocab_size), [tok.pad_id, tok.eos_id])
+    usable = np.setdiff1d(np.arange(min(tok.vocab_size, lm.cfg.vocab_size)), [tok.pad_id, tok.eos_id])
     tokens = np.random.default_rng(0).choice(usable, (ROWS, length)).astype(np.int32)
     if name == REWARD:
         tokens[:, -1] = tok.eos_id  # where a score is read

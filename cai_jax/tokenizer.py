@@ -36,6 +36,14 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return len(self.hf)
 
+    @property
+    def rows(self) -> int:
+        """Of an embedding that holds every token that a text, a template or an end can need. A tokenizer may list more: control
+        tokens of a larger sibling, which nothing here writes."""
+        special = {i for i, token in self.hf.added_tokens_decoder.items() if token.special}
+        written = {*self.start, *self.controls, self.eos_id}
+        return 1 + max(i for i in range(len(self.hf)) if i not in special or i in written)
+
     def prompt(self, text: str) -> list[int]:
         """Ids of a whole context: `start` and the text."""
         return [*self.start, *self.encode(text)]

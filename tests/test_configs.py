@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import checkpoints
 import pytest
@@ -66,24 +67,62 @@ def test_every_config_for_real_models_has_a_miniature():
     assert {p.stem for p in (checkpoints.ROOT / "configs").glob("*.py")} == set(MINIATURES) | embedded
 
 
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    """-> a future of (the finished command, its workdir) for every miniature: two at a time, compiling leaves a core idle."""
+
+    def overrides(name, folder):
+        made, more = MINIATURES[name]
+        paths = {}
+        for key, (kind, *how) in made.items():
+            path = folder / "-".join([kind, *how])
+            if not path.exists():
+                wrap = multimodal if kind == "gemma3_text" else None
+                checkpoints.write(path, kind, *how, seed=len(paths), wrap=wrap)
+            paths[key] = f"--config.{key}.path={path}"
+        return [f"--config=configs/{name}.py", f"--workdir={folder / 'run'}", *SMALL, *data, *paths.values(), *more]
+
+    def run(folder, command):
+        quick = "--xla_backend_optimization_level=0"  # compiling is most of it
+        return cai(*command, devices=8, flags=quick, timeout=1200), folder / "run"
+
+    folders = {name: tmp_path_factory.mktemp(name) for name in MINIATURES}
+    commands = {name: overrides(name, folder) for name, folder in folders.items()}
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(run, folders[name], command) for name, command in commands.items()}
+
+
 @pytest.mark.parametrize("name", MINIATURES)
-def test_a_miniature_runs_every_stage(name, data, tmp_path):
-    made, more = MINIATURES[name]
-    paths = {}
-    for key, (kind, *how) in made.items():
-        folder = tmp_path / "-".join([kind, *how])
-        if not folder.exists():
-            wrap = multimodal if kind == "gemma3_text" else None
-            checkpoints.write(folder, kind, *how, seed=len(paths), wrap=wrap)
-        paths[key] = f"--config.{key}.path={folder}"
-    overrides = (*SMALL, *data, *paths.values(), *more)
-    quick = "--xla_backend_optimization_level=0"  # compiling is most of it
-    run = cai(f"--config=configs/{name}.py", f"--workdir={tmp_path / 'run'}", *overrides, devices=8, flags=quick)
-    assert run.returncode == 0, run.stderr[-3000:]
-    print(run.stderr[-2500:])
+def test_a_miniature_runs_every_stage(name, runs):
+    done, workdir = runs[name].result()
+    assert done.returncode == 0, done.stderr[-3000:]
     for stage in STAGES:
-        assert (tmp_path / "run" / stage / "done.json").exists(), stage
-    counts = read(tmp_path / "run" / "critique" / "done.json")["counts"]
+        assert (workdir / stage / "done.json").exists(), stage
+    counts = read(workdir / "critique" / "done.json")["counts"]
     assert counts["prompts"]["redteam"]["given"] == counts["prompts"]["redteam"]["kept"] == 24
-    rows = [json.loads(line) for line in (tmp_path / "run" / "ppo" / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == 2 and rows[0]["first_ratio_error"] < 1e-3 and abs(rows[0]["kl"]) < 1e-3
+    rows = [json.loads(line) for line in (workdir / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == int(read(workdir / "config.json")["ppo"]["iterations"]) == 2
+    assert rows[0]["first_ratio_error"] < 1e-3 and abs(rows[0]["kl"]) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "name, model, more",
+    [
+        ("gemma3_4b", "rl_cai", ["--adapter"]),
+        ("gemma3_4b", "reward", []),
+        ("bai2022", "reward", []),
+        ("mathewjohn2026", "dpo_cai", []),
+    ],
+)
+def test_its_models_are_exported_and_checked(name, model, more, runs, tmp_path):
+    flags = (
+        f"--workdir={runs[name].result()[1]}",
+        f"--model={model}",
+        f"--out={tmp_path / 'out'}",
+        "--dtype=float32",
+        "--check",
+    )
+    done = cai(*flags, *more, command="export", devices=8, flags="--xla_backend_optimization_level=0")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "largest difference from transformers" in done.stderr
+    assert (tmp_path / "out" / "adapter_config.json").exists() == ("--adapter" in more)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cai_jax import constitution as constitutions
-from cai_jax import prompts, records
+from cai_jax import prompts
 from cai_jax.config import Config, Critique
 from cai_jax.stages import critique
 from cai_jax.workdir import InputError

@@ -67,20 +67,27 @@ LENGTHS = np.array([24, 17, 3], np.int32)
 INSIDE = np.arange(24)[None] < LENGTHS[:, None]
 
 
-@pytest.fixture(scope="module", params=CASES)
-def folder(request, tmp_path_factory):
-    """-> (a folder that transformers wrote with random weights, logits of TOKENS, rows padded on the left)."""
-    kind, changes = CASES[request.param]
+def random_model(name, **more):
+    """A model of transformers with random weights, norms and biases included."""
+    kind, changes = CASES[name]
     torch.manual_seed(0)
     fields = {
         k: v
-        for k, v in (SIZES | changes).items()
+        for k, v in (SIZES | more | changes).items()
         if v is not None or k in changes and k not in ("head_dim", "num_key_value_heads")
     }
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields), attn_implementation="eager").eval().float()
-    for name, parameter in model.named_parameters():
-        if "norm" in name or "bias" in name:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5) if "weight" in name else torch.nn.init.normal_(parameter, 0.0, 0.3)
+    for parameter_name, parameter in model.named_parameters():
+        if "norm" in parameter_name or "bias" in parameter_name:
+            weight = "weight" in parameter_name
+            torch.nn.init.uniform_(parameter, 0.5, 1.5) if weight else torch.nn.init.normal_(parameter, 0.0, 0.3)
+    return model
+
+
+@pytest.fixture(scope="module", params=CASES)
+def folder(request, tmp_path_factory):
+    """-> (a folder that transformers wrote with random weights, logits of TOKENS, rows padded on the left)."""
+    model = random_model(request.param)
     path = tmp_path_factory.mktemp("family")
     model.save_pretrained(path)
     left = np.zeros_like(TOKENS)  # the other side's padding: positions and mask say where the text is
@@ -154,6 +161,42 @@ def test_export_and_import_are_bit_equal_and_transformers_reads_the_folder(folde
     with torch.no_grad():
         found = model(torch.tensor(TOKENS[:1], dtype=torch.long)).logits.numpy()
     np.testing.assert_allclose(found[0], wanted[0], atol=TOL, rtol=1e-4)
+
+
+# bfloat16's unit roundoff is 2^-8: a number is rounded by no more than that part of itself. On its way to a logit it is rounded
+# at most 35 times in a layer: 21 in attention (input norm; of q and k each the kernel, product, bias, norm, turn; of v the
+# kernel, product, bias; weights; their sum; of o the kernel, product, bias; output norm; residual) and 14 in the MLP (norm; of
+# gate and up each the kernel, product, bias; activation; gate times up; of down the kernel, product, bias; output norm;
+# residual). And 5 times outside: embedding, its scale, final norm, unembedding, logit. The roundings are taken as independent,
+# so that their squares add, each as one of the whole signal, of which a branch is a part, and as passed on in proportion. So a
+# logit's standard error is at most 2^-8 sqrt(35 L + 5) rms(logits), and 4 of it hold the largest error of 7056 logits.
+# The error of a score passes the softmax times the score: this is for scores of 1 or less, so for weights of 0.05. With the 0.3
+# of the other tests scores are 5 and more, and the measure is only how transformers fares.
+# Measured: the largest error is 0.13 (GPT-NeoX) to 0.70 (Gemma 3) of its bound, and in rms 0.65 to 1.04 of transformers' error.
+ROUNDOFF, IN_A_LAYER, OUTSIDE, SIGMAS = 2.0**-8, 35, 5, 4.0
+
+
+@pytest.mark.parametrize("weights", [0.3, 0.05])
+@pytest.mark.parametrize("name", CASES)
+def test_lesson_14_bfloat16_is_off_by_its_roundings_and_no_more_than_in_transformers(name, weights, mesh1, tmp_path):
+    model = random_model(name, initializer_range=weights)
+    model.save_pretrained(tmp_path)
+    tokens = torch.tensor(TOKENS, dtype=torch.long)
+    with torch.no_grad():
+        exact = model(tokens).logits.numpy()
+        theirs = model.to(torch.bfloat16)(tokens).logits.float().numpy() - exact
+    cfg = hf.read_config(str(tmp_path))
+    net, params = Transformer(cfg, jnp.bfloat16), hf.load(str(tmp_path), mesh1)
+    ours = np.asarray(tiny.logits(net, params, TOKENS, np.full(3, 24, np.int32))) - exact
+    assert rms(ours) < 1.25 * rms(theirs)
+    if weights == 0.05:
+        error = ROUNDOFF * (IN_A_LAYER * cfg.num_layers + OUTSIDE) ** 0.5 * rms(exact)
+        assert rms(ours) < error and np.abs(ours).max() < SIGMAS * error
+    assert rms(ours) > ROUNDOFF * rms(exact)  # it is bfloat16
+
+
+def rms(x):
+    return float(np.sqrt(np.square(x).mean()))
 
 
 TEXT = {k: v for k, v in (SIZES | CASES["gemma3, scaled rope"][1]).items() if k not in ("rope_theta", "rope_local_base_freq")}

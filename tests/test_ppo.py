@@ -153,9 +153,7 @@ def test_shared_and_separate_value_networks_read_their_own_trunk(mesh1):
     with jax.set_mesh(mesh1):
         params, reward, batch, out = world(mesh1)
         shared, separate = {"head": reward["head"]}, {"head": reward["head"], "trunk": put(tiny.params(seed=1), mesh1)}
-        rollout, _ = experience(
-            C, {"policy": params, "value": shared}, params, reward, SCALE, jnp.float32(0.2), batch, out
-        )
+        rollout, _ = experience(C, {"policy": params, "value": shared}, params, reward, SCALE, jnp.float32(0.2), batch, out)
         a = policy_and_value(tiny.net(), {"policy": params, "value": shared}, rollout, 0.7)
         b = policy_and_value(tiny.net(), {"policy": params, "value": separate}, rollout, 0.7)
         np.testing.assert_array_equal(a[0], b[0])

@@ -14,14 +14,14 @@ import pytest
 ROOT = kills.ROOT
 
 
-def cai(*arguments, devices=1, flags="", timeout=600):
+def cai(*arguments, command="run", devices=1, flags="", timeout=600):
     environment = kills.os.environ | {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {flags}",
     }
     return subprocess.run(
-        [sys.executable, "-m", "cai_jax.main", "run", *arguments],
+        [sys.executable, "-m", "cai_jax.main", command, *arguments],
         cwd=ROOT,
         env=environment,
         capture_output=True,

@@ -1,5 +1,6 @@
 """The models of a run: what each starts from, whose tokenizer it has, what is trained of it and what stays."""
 
+import copy
 from dataclasses import replace
 
 import jax
@@ -125,6 +126,26 @@ def test_a_model_with_a_checkpoint_of_its_own(folder, tmp_path, mesh1):
         assert tiny.same_bits(
             stages.load_start(cfg, tmp_path, mesh1, "sl_cai").trained, put(tiny.params(tiny.UNTIED, 2), mesh1)
         )
+
+
+def test_a_tokenizer_larger_than_the_embedding(tmp_path, mesh1):
+    """Control tokens that nothing writes may lie beyond it, as in small models with the tokenizer of large ones."""
+    path, arch = str(tmp_path / "m"), replace(tiny.UNTIED, vocab_size=97)
+    hf.save(path, tiny.params(arch), arch, jnp.float32)
+    hf.write_config(arch, path, tiny.END, tiny.PAD, jnp.float32)
+    own = copy.deepcopy(tiny.tokenizer().hf)
+    own.save_pretrained(path)
+    cfg = Config(model=Model(path=path))
+    with jax.set_mesh(mesh1):
+        with pytest.raises(InputError, match="m: the tokenizer has 98 tokens, the model only 97"):
+            stages.load_lm(cfg, tmp_path, mesh1)
+        own.add_special_tokens({"additional_special_tokens": ["~", "<eye>"]})  # the last one of 98 is a sign no longer
+        own.save_pretrained(path)
+        assert stages.load_lm(cfg, tmp_path, mesh1).tok.vocab_size == 99
+        own.add_tokens(["word"])
+        own.save_pretrained(path)
+        with pytest.raises(InputError, match="the tokenizer has 100 tokens"):
+            stages.load_lm(cfg, tmp_path, mesh1)
 
 
 def test_a_reward_checkpoint_is_no_language_model(folder, tmp_path, mesh1):

@@ -168,9 +168,13 @@ def load(path: str, mesh, dtype=jnp.float32, vocab_multiple: int = 1):
                 out[n] = layer
             return out
 
-        # One device at a time: jax.make_array_from_callback would hold the whole parameter twice.
-        places = sharding.addressable_devices_indices_map(want.shape).items()
-        shards = [jax.block_until_ready(jax.device_put(block(index), device)) for device, index in places]
+        # One block at a time: jax.make_array_from_callback would hold the whole parameter twice.
+        places, shards = {}, []
+        for device, index in sharding.addressable_devices_indices_map(want.shape).items():
+            places.setdefault(str(index), (index, []))[1].append(device)
+        for index, devices in places.values():
+            data = block(index)
+            shards += [jax.block_until_ready(jax.device_put(data, device)) for device in devices]
         return jax.make_array_from_single_device_arrays(want.shape, sharding, shards)
 
     params = jax.tree_util.tree_map_with_path(one, wanted, shardings(wanted, mesh))

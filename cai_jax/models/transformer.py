@@ -75,11 +75,12 @@ class Linear(nn.Module):
     dtype: jnp.dtype
     bias: int = 0  # axes of the kernel, the last ones, that a bias has; 0: no bias
     lora: Lora | None = None
+    out: jnp.dtype | None = None  # of the product; None: `dtype`
 
     @nn.compact
     def __call__(self, x):
         kernel = self.param("kernel", nn.initializers.normal(self.fan_in**-0.5), self.shape, jnp.float32)
-        y = jnp.einsum(self.equation, x, kernel.astype(self.dtype))
+        y = jnp.einsum(self.equation, x, kernel.astype(self.dtype), preferred_element_type=self.out)
         if self.lora and self.lora.rank and re.search(self.lora.targets, "/".join(self.path[-2:])):
             y = y + self.adapter(x)
         if not self.bias:
@@ -204,10 +205,7 @@ class Embed(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`unrolled`: the layers' parameters are `layers_0`, `layers_1`, ... (see `unstack`) instead of one stack `layers`.
-
-    Raises ValueError for a `remat` that is none of REMAT.
-    """
+    """`unrolled`: the layers' parameters are `layers_0`, `layers_1`, ... (see `unstack`) instead of one stack `layers`."""
 
     cfg: TransformerConfig
     dtype: jnp.dtype = jnp.float32
@@ -228,7 +226,8 @@ class Transformer(nn.Module):
             self.layers = scanned(c, self.dtype)
         self.final_norm = Norm(c)
         if not c.tied_embeddings:
-            self.unembed = Linear("btd,dv->btv", (c.width, c.vocab_size + c.vocab_padding), c.width, self.dtype)
+            shape = (c.width, c.vocab_size + c.vocab_padding)
+            self.unembed = Linear("btd,dv->btv", shape, c.width, self.dtype, out=jnp.float32)  # log-probs want more than bf16
 
     def __call__(self, tokens_BT, positions_BT, mask_BTS, cache=None, index=0, key_positions_BS=None):
         """Hidden states [B, T, D] after the final norm, and the cache with this call's keys and values at slot `index`.

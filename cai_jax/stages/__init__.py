@@ -154,9 +154,9 @@ def load_merged(cfg: Config, workdir: Path, mesh, name: str) -> LM:
 def _lm(cfg: Config, name: str, params) -> LM:
     """Parameters as a model; whether they have an adapter says whether its network does."""
     tok, arch = load_format(cfg, name)[0], _arch(cfg, name)
-    if tok.vocab_size > arch.vocab_size:
+    if tok.rows > arch.vocab_size:
         path = checkpoint(cfg, name).path
-        raise InputError(f"{path}: the tokenizer has {tok.vocab_size} tokens, the model only {arch.vocab_size}")
+        raise InputError(f"{path}: the tokenizer has {tok.rows} tokens, the model only {arch.vocab_size}")
     if lora.split(params)[0]:
         arch = lora.attach(arch, cfg.lora)
     return LM(arch, compute_dtype(cfg.model.compute_dtype), params, tok)
