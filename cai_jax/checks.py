@@ -1,8 +1,10 @@
 """A configuration is checked before anything runs: what each value may be, and what they may be together."""
 
 import dataclasses
+import math
+import re
 
-from cai_jax.config import STAGES, Config, section, walk
+from cai_jax.config import STAGES, Checkpoint, Config, section, walk
 
 CHOICES = {
     "model.format": ("plain", "chat"),
@@ -20,11 +22,14 @@ CHOICES = {
 }
 AT_LEAST_ONE = "epochs rows length batch_size microbatches minibatches max_tokens checkpoint_every score_batch".split()
 AT_LEAST_ONE += "principles pairs kl_horizon num_layers num_heads num_kv_heads width mlp_width steps vocab_multiple".split()
-SHARES = ("helpful_share", "human_share", "heldout_share", "top_p", "discount", "gae_lambda")
-ABOVE_ZERO = ("top_p", "clip_norm", "kl_target", "alpha")
+SHARES = ("helpful_share", "heldout_share", "top_p", "discount", "gae_lambda")
+ABOVE_ZERO = ("top_p", "clip_norm", "kl_target", "alpha", "eps", "max_drift")
+BELOW_ONE = ("b1", "b2", "human_share")
 NOT_NEGATIVE = ("rounds", "temperature", "temperature_end", "learning_rate", "kl_coef", "clip", "beta", "iterations", "limit")
+NOT_NEGATIVE += ("final_ratio", "value_clip", "value_coef", "entropy_coef", "missing_eos_penalty", "weight_decay", "target_kl")
 NOT_NEGATIVE += ("seed", "max_redteam", "max_helpful", "max_comparisons", "helpful_responses", "warmup_steps", "evaluate_every")
-NOT_NEGATIVE += ("rank", "max_prompt")
+NOT_NEGATIVE += ("rank", "max_prompt", "max_pair")
+ADAPTING = ("sft", "reward", "dpo", "ppo")  # the stages that can train adapters
 
 
 class ConfigError(ValueError):
@@ -41,6 +46,7 @@ def resolve(config) -> Config:
     cfg = section(config, Config)
     for flag, name, value in walk(cfg):
         _require(value is not None, flag, value, "a value")
+        _require(not isinstance(value, float) or math.isfinite(value), flag, value, "a finite number")
         if flag in CHOICES:
             _require(value in CHOICES[flag], flag, value, "one of " + ", ".join(CHOICES[flag]))
         if name in AT_LEAST_ONE:
@@ -49,9 +55,12 @@ def resolve(config) -> Config:
             _require(0 <= value <= 1, flag, value, "a share between 0 and 1")
         if name in ABOVE_ZERO:
             _require(value > 0, flag, value, "more than zero")
+        if name in BELOW_ONE:
+            _require(0 <= value < 1, flag, value, "zero or more, and less than 1")
         if name in NOT_NEGATIVE:
             _require(value >= 0, flag, value, "zero or more")
     _check_stages(cfg)
+    _require(cfg.seed < 2**32, "seed", cfg.seed, "less than 2 ** 32")
     _require(len(cfg.mesh) == 3 and all(isinstance(s, int) for s in cfg.mesh), "mesh", cfg.mesh, "three whole numbers")
     for name in ("sft", "reward", "dpo"):
         part = getattr(cfg, name)
@@ -59,6 +68,21 @@ def resolve(config) -> Config:
         _require(rows % part.microbatches == 0, f"{name}.microbatches", part.microbatches, f"a divisor of the batch, {rows}")
     rows, parts = cfg.ppo.batch_size, cfg.ppo.minibatches
     _require(rows % parts == 0, "ppo.minibatches", parts, f"a divisor of the batch, {rows}")
+    try:
+        re.compile(cfg.lora.targets)
+    except re.error as error:
+        raise ConfigError(f"--config.lora.targets={cfg.lora.targets!r}: wanted a regular expression; {error}") from error
+    for flag, part in (
+        ("sft.model", cfg.sft.model),
+        ("preferences.judge", cfg.preferences.judge),
+        ("reward.model", cfg.reward.model),
+    ):
+        for name in ("format", "system"):
+            given, usual = getattr(part, name), getattr(Checkpoint(), name)
+            _require(part.path or given == usual, f"{flag}.{name}", given, f"--config.{flag}.path too: it is about that model")
+    adapting = set(cfg.lora.stages)
+    _require(adapting <= set(ADAPTING), "lora.stages", cfg.lora.stages, "stages out of " + ", ".join(ADAPTING))
+    _require(adapting or not cfg.lora.rank, "lora.stages", cfg.lora.stages, "at least one stage, or --config.lora.rank=0")
     clamp = cfg.preferences.clamp
     good = len(clamp) == 2 and all(isinstance(x, int | float) for x in clamp) and 0 <= clamp[0] < clamp[1] <= 1
     _require(good, "preferences.clamp", clamp, "two bounds with 0 <= low < high <= 1")
@@ -80,7 +104,7 @@ def _check_stages(cfg: Config) -> None:
     needs = {
         "sft": ("critique",),
         "preferences": ("sft",) if cfg.preferences.policy == "sft" else (),
-        "reward": ("preferences",) + (("sft",) if cfg.reward.init == "sft" else ()),
+        "reward": ("preferences",) + (("sft",) if cfg.reward.init == "sft" and not cfg.reward.model.path else ()),
         "dpo": ("preferences", "sft"),
         "ppo": ("reward",) + (("sft",) if cfg.ppo.init == "sft" else ()),
     }

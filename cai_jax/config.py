@@ -53,6 +53,7 @@ class Data:
     max_helpful: int = 0  # likewise
     max_comparisons: int = 0  # likewise
     max_prompt: int = 0  # tokens; longer prompts are left out and counted; 0: a prompt that does not fit is an error
+    max_pair: int = 0  # tokens of prompt and response; comparisons with more are left out and counted; 0: the context
     human_share: float = 0.0  # of all comparisons, reached by leaving human ones out; 0: all of them
 
 
@@ -157,7 +158,9 @@ class PPO:
     helpful_share: float = 0.5  # of the prompts of an iteration
     epochs: int = 2  # passes over the rollouts of an iteration
     minibatches: int = 4  # updates per pass
-    value_network: str = "separate"  # separate: starts as reward model, or as policy where reward.model is set | shared: a head
+    value_network: str = (
+        "separate"  # separate: starts as the reward model, or as the policy if that reads others | shared: a head
+    )
     kl_coef: float = 0.2  # reward per nat, paid at every token; 1 reward: a standard deviation of the reward model's scores
     kl_adaptive: bool = False  # move kl_coef so that the KL per response nears kl_target
     kl_target: float = 1.0  # nats per response

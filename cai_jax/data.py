@@ -40,6 +40,10 @@ def _load(rows_of, path: str, limit: int, flag: str, drops: records.Drops | None
     seen, kept = set(), []
     for item in items:
         where, fault = f"{path}: record {item['id']!r} (--config.{flag})", _fault(item["messages"])
+        try:
+            records.dumps(item).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(f"{where}: it holds half a character (a lone surrogate), which is no text") from error
         if item["id"] in seen:
             raise InputError(f"{where}: the id stands twice; ids key the sampling noise, so they must differ")
         seen.add(item["id"])
@@ -59,7 +63,7 @@ def load_prompts(path: str, limit: int, flag: str, drops: records.Drops | None =
 
 def load_comparisons(path: str, limit: int, flag: str, drops: records.Drops | None = None) -> list[dict]:
     """Comparison records {"id", "messages", "response_a", "response_b", "p_a"}; p_a in [0, 1] is P(a is better); "source" is
-    "human" unless the file says otherwise."""
+    "human"."""
     items = _load(sources.comparisons, path, limit, flag, drops)
     for item in items:
         for name in ("response_a", "response_b"):
@@ -67,12 +71,12 @@ def load_comparisons(path: str, limit: int, flag: str, drops: records.Drops | No
                 raise InputError(f"{path}: record {item['id']!r}: {name} is a {type(item[name]).__name__}, wanted text")
         if not isinstance(item["p_a"], int | float) or not 0 <= item["p_a"] <= 1:
             raise InputError(f"{path}: record {item['id']!r}: p_a={item['p_a']!r}, wanted a number from 0 to 1")
-    return [{"source": "human"} | item for item in items]
+    return [item | {"source": "human"} for item in items]
 
 
-def said(record: dict) -> str:
-    """What makes two prompts the same: roles and texts, but for white space."""
-    return "\x1e".join(f"{m['role']}\x1f{' '.join(m['content'].split())}" for m in record["messages"])
+def said(messages: list[dict]) -> str:
+    """What makes two prompts the same: roles and texts, but for white space and case."""
+    return "\x1e".join(f"{m['role']}\x1f{' '.join(m['content'].split()).casefold()}" for m in messages)
 
 
 def load_pool(data: Data, name: str, tok, templates) -> tuple[list[dict], dict]:
@@ -82,9 +86,12 @@ def load_pool(data: Data, name: str, tok, templates) -> tuple[list[dict], dict]:
     found = load_prompts(getattr(data, name), getattr(data, f"max_{name}"), f"data.{name}", drops)
     given = len(found) + drops.reasons.total()
     redteam = load_prompts(data.redteam, data.max_redteam, "data.redteam", records.Drops()) if name == "helpful" else []
-    other = set(map(said, redteam))
+    other = {said(r["messages"]) for r in redteam}
     for record in found:
-        text, ids = said(record), tok.prompt(prompts.dialogue(record["messages"], templates)) if data.max_prompt else ()
+        text, ids = (
+            said(record["messages"]),
+            tok.prompt(prompts.dialogue(record["messages"], templates)) if data.max_prompt else (),
+        )
         if (
             drops.keep(text not in seen, "the same prompt again")
             and drops.keep(text not in other, "a red-team prompt too")
@@ -97,6 +104,11 @@ def load_pool(data: Data, name: str, tok, templates) -> tuple[list[dict], dict]:
     return kept, drops.counts(given, len(kept))
 
 
+def longest_pair(data: Data, context: int) -> int:
+    """Tokens that a comparison's prompt and response may have."""
+    return min(context, data.max_pair or context)
+
+
 def load_human(data: Data, ai: int, drops: records.Drops) -> tuple[list[dict], int]:
     """Human comparisons, each once and with two answers that say something; those beyond data.human_share of all, with `ai`
     others, are left out at even distances. -> (records, how many there were)."""
@@ -105,7 +117,10 @@ def load_human(data: Data, ai: int, drops: records.Drops) -> tuple[list[dict], i
     given = len(found) + drops.reasons.total() - before
     for record in found:
         a, b, p = record["response_a"].strip(), record["response_b"].strip(), record["p_a"]
-        key = (said(record), *min((a, b, p), (b, a, 1 - p)))  # another label of the same answers is another person's
+        key = (
+            said(record["messages"]),
+            *min((a, b, p), (b, a, 1 - p)),
+        )  # another label of the same answers is another person's
         if drops.keep(bool(a and b), "empty response") and drops.keep(key not in once, "the same comparison again"):
             once[key] = record
     kept = list(once.values())
@@ -135,12 +150,12 @@ def encode_comparisons(tok, templates, pairs: list[dict], max_length: int, drops
         prompt = tok.prompt(prompts.dialogue(record["messages"], templates))
         texts = [prompts.completion(record[k], templates) for k in ("response_a", "response_b")]
         two = [prompt + tok.encode(text) + [tok.eos_id] for text in texts]
-        if drops.keep(max(map(len, two)) <= max_length, "longer than the context"):
+        if drops.keep(max(map(len, two)) <= max_length, f"longer than {max_length} tokens"):
             rows += two
             starts.append(len(prompt))
             kept.append(record)
     if not rows:
-        raise InputError(f"no comparison is left of {len(pairs)}: {dict(drops.reasons)}; the context is {max_length} tokens")
+        raise InputError(f"no comparison is left of {len(pairs)}: {dict(drops.reasons)}; wanted at most {max_length} tokens")
     tokens, lengths = pad_rows(rows)
     return {
         "tokens": tokens.reshape(-1, 2, tokens.shape[1]),
@@ -148,7 +163,7 @@ def encode_comparisons(tok, templates, pairs: list[dict], max_length: int, drops
         "starts": np.array(starts, np.int32),
         "p_a": np.array([r["p_a"] for r in kept], np.float32),
         "human": np.array([r["source"] == "human" for r in kept], np.float32),
-        "prompt": np.array([number.setdefault(said(r), len(number)) for r in kept], np.int32),
+        "prompt": np.array([number.setdefault(said(r["messages"]), len(number)) for r in kept], np.int32),
     }
 
 

@@ -29,17 +29,19 @@ def judged(path: str, flag: str) -> list[dict]:
     """The prompts of a file that the oracle can judge. Raises InputError when one asks for no item of the embedded world."""
     todo = load_prompts(path, 0, flag)
     if strange := next((p for p in todo if not known(p)), None):
+        asked = {name: strange.get(name) for name in ("item", "kind")}
         raise InputError(
-            f"{path}: record {strange['id']!r} names no item of the embedded world ('item': {strange.get('item')!r}), so its "
-            f"oracle cannot judge the answers (--config.{flag}). Give prompts of that world, or leave 'evaluate' out of "
-            "--config.stages and set --config.ppo.evaluate_every=0"
+            f"{path}: record {strange['id']!r} names no item of the embedded world ({asked}), so its oracle cannot judge the "
+            f"answers (--config.{flag}). Give prompts of that world, or leave 'evaluate' out of --config.stages and set "
+            "--config.ppo.evaluate_every=0"
         )
     return todo
 
 
 def known(record: dict) -> bool:
     """Whether a prompt asks for an item of the embedded world."""
-    return record.get("item") in miniworld().by_name
+    item, kind = record.get("item"), record.get("kind")
+    return isinstance(item, str) and isinstance(kind, str) and item in miniworld().by_name
 
 
 def summary(prompt_records: list[dict], responses: list[str]) -> dict:

@@ -56,7 +56,7 @@ def experience(nets, c, weights, scale, kl_coef, batch, out, read=None):
     nets and weights: of policy and value, of the reference, of the reward model. `read`: tokens and lengths of the rollouts for
     the reward model, where they are not the policy's.
 
-    The score is the reward model's, centred and scaled by the red-team responses it was held out on, less a penalty where no
+    The score is the reward model's, centred and scaled by its scores of the compared responses, less a penalty where no
     EOS came (as TRL does; N 12 puts a constant in its place); it lands on the last token. The KL penalty is per token (N 15).
     """
     (net, ref_net, reward_net), (params, reference, reward) = nets, weights

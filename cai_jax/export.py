@@ -17,7 +17,7 @@ from cai_jax.models import LM, families, hf, lora, peft
 from cai_jax.models.transformer import Transformer
 from cai_jax.score import hidden_states, reward_scores, row_batch
 from cai_jax.sharding import put_batch
-from cai_jax.stages import MODELS, STAGE_OF, adapts, checkpoint, load_lm, load_merged, load_reward, root
+from cai_jax.stages import MODELS, STAGE_OF, adapts, checkpoint, load_whole, require_same, root
 from cai_jax.tokenizer import Tokenizer
 from cai_jax.workdir import InputError, read_json, write_json
 
@@ -42,14 +42,18 @@ def export(cfg: Config, workdir: Path, name: str, out: Path, mesh, dtype: str = 
     """
     if name not in NAMES:
         raise InputError(f"--model={name}: wanted one of {', '.join(NAMES)}")
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise InputError(f"--out={out}: it exists; give another folder or remove it")
     named, base = base, Path(checkpoint(cfg, name).path)
+    require_same(cfg, workdir, name)
     fields, kind = families.text_fields(str(base)), families.read_config(str(base))[1]
-    dtype = dtype or fields.get("dtype") or fields.get("torch_dtype") or "bfloat16"
+    stored = fields.get("dtype") or fields.get("torch_dtype")
+    dtype = dtype or (stored if stored in ("float32", "bfloat16") else "bfloat16")
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"--dtype={dtype}: wanted float32 or bfloat16")
-    lm = load_merged(cfg, workdir, mesh, name)
+    if adapter:
+        _require_adapter(cfg, name)
+    lm = load_whole(cfg, workdir, mesh, name, merged=not adapter)
     params, head = (lm.params["trunk"], lm.params["head"]) if name == REWARD else (lm.params, None)
     if head is not None and float(jnp.abs(head["bias"]).max()):
         raise InputError(f"{workdir}/reward: its head has a bias, which a sequence classifier of transformers cannot hold")
@@ -57,7 +61,8 @@ def export(cfg: Config, workdir: Path, name: str, out: Path, mesh, dtype: str = 
     beside = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     if adapter:
-        _save_adapter(cfg, workdir, mesh, name, beside, kind, named or str(base))
+        weights = lora.split(params)[0]
+        peft.save(str(beside), weights, lm.cfg, kind, named or str(base), head, families.part_of(str(base)))
     else:
         hf.save(str(beside), params, lm.cfg, jnp.dtype(dtype), kind, head=head)
         write_json(beside / "config.json", fields | _changed(fields, lm, dtype, head) | {"pad_token_id": pad_id})
@@ -72,18 +77,13 @@ def export(cfg: Config, workdir: Path, name: str, out: Path, mesh, dtype: str = 
     return lm
 
 
-def _save_adapter(cfg: Config, workdir: Path, mesh, name: str, folder: Path, kind: str, named: str) -> None:
-    """The adapter of `name` as a PEFT folder. Raises InputError when it has none, or when the weights beside it are no
-    checkpoint's but those of another model of the run."""
+def _require_adapter(cfg: Config, name: str) -> None:
+    """Raises InputError when a model has no adapter, or when the weights beside it are no checkpoint's but another model's."""
     if not adapts(cfg, STAGE_OF[name]):
         raise InputError(f"--adapter: {name} has no adapter (--config.lora.rank, --config.lora.stages); export it without")
     frozen, base = root(cfg, name), checkpoint(cfg, name).path
     if frozen != base:
         raise InputError(f"--adapter: that of {name} belongs to the weights of {frozen}, not of {base}; export it without")
-    lm = load_reward(cfg, workdir, mesh) if name == REWARD else load_lm(cfg, workdir, mesh, name)
-    head = lm.params["head"] if name == REWARD else None
-    weights = lora.split(lm.params["trunk"] if name == REWARD else lm.params)[0]
-    peft.save(str(folder), weights, lm.cfg, kind, named, head, families.part_of(base))
 
 
 def _changed(fields: dict, lm: LM, dtype: str, head) -> dict:

@@ -10,12 +10,15 @@ import re
 from typing import NamedTuple
 
 from cai_jax.prompts import ASSISTANT, TEMPLATES, USER
-from cai_jax.tokenizer import Tokenizer, mark
+from cai_jax.tokenizer import MARKS, Tokenizer, mark
 from cai_jax.workdir import InputError
 
 FLAG = "--config.model.format=chat"
 WORDS = ("qzero", "qone", "qtwo", "qthree", "qfour")  # stand for the messages; no template holds them
-FIXED = {"enable_thinking": False, "date_string": "26 Jul 2024"}  # else a template could write today's date
+DATE = "26 Jul 2024"  # else a template could write today's, and a resumed run another than its first part
+FIXED = {"enable_thinking": False, "date_string": DATE}
+NOW = "{%- macro strftime_now(format) -%}" + DATE + "{%- endmacro -%}"
+SYSTEM = "qsystem"  # stands for the system prompt
 
 
 class Turns(NamedTuple):
@@ -39,7 +42,7 @@ def load(tok: Tokenizer, kind: str, system: str = "") -> tuple[Tokenizer, dict[s
     if not tok.hf.chat_template:
         raise InputError(f"{FLAG}: the tokenizer has no chat template; use plain, or an instruct checkpoint")
     controls, texts = marked(tok, taken_apart(tok, system))
-    t = Turns(*texts)
+    t = Turns(*(text.replace(SYSTEM, MARKS.sub("\ufffd", system.strip())) for text in texts))
     ends = [controls[i] for i in range(len(controls)) if mark(i) in t.close]
     if not ends:
         raise InputError(f"{FLAG}: no control token ends a turn of the assistant in the chat template; use plain")
@@ -70,12 +73,16 @@ def taken_apart(tok: Tokenizer, system: str) -> Turns:
     def render(count: int, reply: bool) -> list[str]:
         """What stands before, between and behind the first `count` words, said in turn."""
         said = [{"role": (USER, ASSISTANT)[i % 2], "content": word} for i, word in enumerate(WORDS[:count])]
-        said = [{"role": "system", "content": system.strip()}] * bool(system) + said
+        said = [{"role": "system", "content": SYSTEM}] * bool(system) + said
         try:
-            text = tok.hf.apply_chat_template(said, tokenize=False, add_generation_prompt=reply, **FIXED)
+            program = NOW + tok.hf.get_chat_template()
+            text = tok.hf.apply_chat_template(said, chat_template=program, tokenize=False, add_generation_prompt=reply, **FIXED)
         except Exception as error:  # whatever a checkpoint's program raises
             raise InputError(f"{FLAG}: the chat template cannot be rendered: {' '.join(str(error).split())}") from error
-        return re.split("|".join(WORDS[:count]), text)
+        parts = re.split("|".join(WORDS[:count]), text)
+        if len(parts) != count + 1 or any(word not in text for word in WORDS[:count]) or (system and SYSTEM not in text):
+            raise InputError(f"{FLAG}: the chat template does not write every message once, as it is; use plain")
+        return parts
 
     def ending(text: str, end: str) -> str:
         if not text.endswith(end):
@@ -103,6 +110,8 @@ def taken_apart(tok: Tokenizer, system: str) -> Turns:
         close + user_open,
         user_close + reply,
     ]
+    if held := next((text for text in turns if re.search(r"\{\w+\}", text)), None):
+        raise InputError(f"{FLAG}: the chat template writes braces, {held!r}, which stand for fields here; use plain")
     if render(5, True) != whole:
         raise InputError(f"{FLAG}: the chat template writes other words in longer conversations; use plain")
     return turns

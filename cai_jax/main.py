@@ -52,6 +52,7 @@ def run(cfg: configs.Config, workdir: Path) -> None:
     """Every stage of `cfg.stages`, in order, under its mesh."""
     import jax
 
+    from cai_jax import stages
     from cai_jax.sharding import make_mesh
 
     open_run(workdir)
@@ -66,6 +67,8 @@ def run(cfg: configs.Config, workdir: Path) -> None:
     )
     rows = []
     here = with_local_models(cfg)
+    if cfg.stages != ("pretrain",):
+        stages.check_models(here)
     with jax.set_mesh(mesh):
         for name in cfg.stages:
             began = time.monotonic()
@@ -84,6 +87,8 @@ def export(workdir: Path, name: str, out: Path) -> None:
     from cai_jax import stages
     from cai_jax.sharding import make_mesh
 
+    if not (workdir / "config.json").is_file():
+        raise InputError(f"--workdir={workdir}: no run is there, it has no config.json")
     mesh = make_mesh((1, -1, 1))
     cfg = checks.resolve(read_json(workdir / "config.json"))
     with jax.set_mesh(mesh):
@@ -122,6 +127,9 @@ def parse(argv: list[str]) -> list[str]:
     """Flags of the command line; an unknown config key ends with its name and a suggestion."""
     try:
         return app.parse_flags_with_usage(argv)
+    except OSError as e:
+        say(f"error: {e}")
+        sys.exit(2)
     except (AttributeError, KeyError) as e:  # what a locked ConfigDict raises on a key or a section it does not have
         known = [flag for flag, _, _ in configs.walk(configs.Config())]
         given = [a.removeprefix("--config.").partition("=")[0] for a in argv if a.startswith("--config.")]

@@ -56,7 +56,8 @@ def _round(x, dtype, key):
         return x.astype(dtype)
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     bits = bits + (jax.random.bits(key, x.shape, jnp.uint32) >> jnp.uint32(16))  # the half that bfloat16 has no room for
-    return jax.lax.bitcast_convert_type((bits >> jnp.uint32(16)).astype(jnp.uint16), jnp.bfloat16)
+    rounded = jax.lax.bitcast_convert_type((bits >> jnp.uint32(16)).astype(jnp.uint16), jnp.bfloat16)
+    return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))  # what is not a number must stay none
 
 
 def _map_names(f, tree, name: str = ""):

@@ -1,5 +1,6 @@
 """JSONL: one record a line. Reading checks every line; a journal appends and survives a kill at any byte."""
 
+import codecs
 import json
 from collections import Counter
 from pathlib import Path
@@ -13,7 +14,7 @@ def read(path, required: tuple[str, ...] = ()) -> list[dict]:
     if not path.is_file():
         raise InputError(f"missing file: {path}; paths are relative to where the command is run")
     out = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
         if not line.strip():
             continue
         try:

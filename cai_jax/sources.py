@@ -26,6 +26,7 @@ from cai_jax import records, workdir
 from cai_jax.prompts import ASSISTANT, USER
 from cai_jax.workdir import InputError
 
+FORMS = ("messages", "prompt", "transcript", "chosen")  # of a prompt
 OURS = ("id", "messages", "prompt", "transcript", "chosen", "rejected", "response_a", "response_b", "p_a")
 ROLES = {"Human": USER, "Assistant": ASSISTANT}
 CUE = "\n\nAssistant:"
@@ -68,7 +69,10 @@ def pair(chosen: str, rejected: str) -> tuple[str, str, str]:
 def _rows(source: str, limit: int) -> list[tuple[dict, str]]:
     """(row with our names, where it stands) for each row."""
     place, _, columns = source.partition("?")
-    names = dict(parse_qsl(columns, keep_blank_values=True))
+    pairs = parse_qsl(columns, keep_blank_values=True)
+    names = dict(pairs)
+    if len(names) < len(pairs):
+        raise InputError(f"{source}: a column of ours is named twice")
     if unknown := sorted(set(names) - set(OURS)):
         raise InputError(f"{source}: no column of ours is called {unknown[0]!r}; there are {', '.join(OURS)}")
     place = _fetched(place)
@@ -80,7 +84,8 @@ def _rows(source: str, limit: int) -> list[tuple[dict, str]]:
         where = f"{place}: record {n + 1}"
         if missing := [theirs for theirs in names.values() if theirs not in row]:
             raise InputError(f"{where}: no column {missing[0]!r}; it has {', '.join(map(str, row))}")
-        row = {k: v for k, v in row.items() if k not in names} | {ours: row[theirs] for ours, theirs in names.items()}
+        other = [form for form in FORMS if form not in names] if set(FORMS) & set(names) else ()  # what is named is meant
+        row = {k: v for k, v in row.items() if k not in names and k not in other} | {o: row[t] for o, t in names.items()}
         given = f"{stem}-{n:06d}" if row.get("id") in (None, "") else row["id"]
         if not isinstance(given, str | int):
             raise InputError(f"{where}: the id is a {type(given).__name__}, wanted text or a number")
@@ -103,12 +108,15 @@ def _prompt(row: dict, where: str) -> dict:
 
 
 def _comparison(row: dict, where: str) -> dict:
-    if "messages" in row and {"response_a", "response_b", "p_a"} <= row.keys():
-        return row
+    if {"response_a", "response_b", "p_a"} <= row.keys() and ("messages" in row or isinstance(row.get("prompt"), str)):
+        cell = isinstance(row["p_a"], str) and re.fullmatch(r"\s*\d*\.?\d+\s*", row["p_a"])  # of a CSV
+        return _prompt(row, where) | {"p_a": float(row["p_a"]) if cell else row["p_a"]}
     if isinstance(row.get("chosen"), str) and isinstance(row.get("rejected"), str):
         shared, a, b = pair(row["chosen"], row["rejected"])
         return row | {"messages": turns(shared), "response_a": a, "response_b": b, "p_a": 1.0}
-    raise InputError(f"{where}: no comparison in it; wanted messages, response_a, response_b and p_a, or chosen and rejected")
+    raise InputError(
+        f"{where}: no comparison in it; wanted messages or prompt, response_a, response_b and p_a, or chosen and rejected"
+    )
 
 
 def _file(path: Path) -> list[dict]:
@@ -120,7 +128,7 @@ def _file(path: Path) -> list[dict]:
     try:
         text = (gzip.decompress(data) if name != path.name else data).decode("utf-8-sig")
         if name.endswith(".csv"):
-            return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+            return _csv(io.StringIO(text, newline=""), path)
         if text.lstrip().startswith("["):  # one array, whatever the name says
             rows = json.loads(text)
         else:
@@ -129,6 +137,18 @@ def _file(path: Path) -> list[dict]:
         raise InputError(f"{path}: cannot be read ({error}); wanted JSON lines, one JSON array or CSV, is it whole?") from error
     if strange := [r for r in rows if not isinstance(r, dict)]:
         raise InputError(f"{path}: wanted records, got {strange[0]!r:.60}")
+    return rows
+
+
+def _csv(text: io.StringIO, path: Path) -> list[dict]:
+    reader = csv.DictReader(text, strict=True)
+    header = reader.fieldnames or []
+    if len(set(header)) < len(header):
+        raise InputError(f"{path}: two columns have one name: {', '.join(header)}")
+    rows = list(reader)
+    for n, row in enumerate(rows, 1):
+        if None in row or None in row.values():
+            raise InputError(f"{path}: record {n} has not the {len(header)} cells of the header; is a comma not quoted?")
     return rows
 
 
@@ -156,6 +176,7 @@ def _hub(place: str) -> list[dict]:
         raise InputError(f"{place}: datasets of the hub want the package: pip install datasets") from error
     name, revision, config, split = found.groups()
     try:
-        return [dict(row) for row in datasets.load_dataset(name, config, split=split, revision=revision)]
+        rows = datasets.load_dataset(name, config, split=split, revision=revision)
+        return [json.loads(json.dumps(dict(row), default=str)) for row in rows]  # dates and the like as text
     except Exception as error:  # no network, no such name, no such split: each its own kind
         raise InputError(f"{place}: the hub does not give it: {' '.join(str(error).split())}") from error

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from cai_jax.workdir import InputError, read_json
 
 # Control tokens in a string: noncharacters of Unicode, which no text for interchange holds. Number i stands for controls[i].
 MARKS = re.compile(r"[\ufdd0-\ufdef]")
+
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # what SentencePiece falls back to: text, whatever the vocabulary says
 
 
 def mark(i: int) -> str:
@@ -36,13 +39,18 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return len(self.hf)
 
+    @cached_property
+    def special(self) -> frozenset[int]:
+        """Ids of control tokens, those that only the vocabulary marks as such included."""
+        listed = {i for i, t in self.hf.added_tokens_decoder.items() if t.special and not BYTE.fullmatch(str(t))}
+        return frozenset(self.hf.all_special_ids) | listed
+
     @property
     def rows(self) -> int:
         """Of an embedding that holds every token that a text, a template or an end can need. A tokenizer may list more: control
         tokens of a larger sibling, which nothing here writes."""
-        special = {i for i, token in self.hf.added_tokens_decoder.items() if token.special}
         written = {*self.start, *self.controls, self.eos_id}
-        return 1 + max(i for i in range(len(self.hf)) if i not in special or i in written)
+        return 1 + max(i for i in range(len(self.hf)) if i not in self.special or i in written)
 
     def prompt(self, text: str) -> list[int]:
         """Ids of a whole context: `start` and the text."""
@@ -58,7 +66,7 @@ class Tokenizer:
 
     def _plain(self, text: str) -> list[int]:
         ids = self.hf(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        control = set(self.hf.all_special_ids) - {self.hf.unk_token_id} | {self.eos_id, self.pad_id}
+        control = self.special - {self.hf.unk_token_id} | {self.eos_id, self.pad_id}
         if control.isdisjoint(ids):
             return ids
         # A Unigram vocabulary lists its control tokens as pieces, and they win: spelled by characters they stay text.
@@ -94,16 +102,30 @@ def load(path: str) -> Tokenizer:
 
     if not (Path(path) / "tokenizer_config.json").is_file():
         raise InputError(f"no tokenizer at {path}: wanted a folder with tokenizer_config.json (--config.model.path)")
-    hf = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    try:
+        hf = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # each fault of a file is of a kind of its own
+        why = " ".join(str(error).split())
+        raise InputError(
+            f"the tokenizer at {path} cannot be read ({why:.300}); fetch it again (--config.model.path)"
+        ) from error
     if hf.eos_token_id is None:
         raise InputError(f"the tokenizer at {path} has no eos_token, so no response could end")
     pad = hf.pad_token_id if hf.pad_token_id is not None else hf.eos_token_id
     first = hf("a")["input_ids"][:1]
     start = tuple(first) if hf.bos_token_id is not None and first == [hf.bos_token_id] else ()
-    return Tokenizer(hf, hf.eos_token_id, pad, start, also_end=_ends(Path(path) / "generation_config.json"))
+    ends = _ends(Path(path) / "generation_config.json")
+    if strange := [i for i in ends if not isinstance(i, int) or not 0 <= i < len(hf)]:
+        raise InputError(
+            f"{path}/generation_config.json: eos_token_id holds {strange[0]!r}, wanted ids of its {len(hf)} tokens"
+        )
+    return Tokenizer(hf, hf.eos_token_id, pad, start, also_end=ends)
 
 
 def _ends(file: Path) -> tuple[int, ...]:
     """The ids that end a text by a checkpoint's generation_config.json, which may list several."""
-    ends = read_json(file).get("eos_token_id") if file.is_file() else None
+    fields = read_json(file) if file.is_file() else {}
+    if not isinstance(fields, dict):
+        raise InputError(f"{file}: wanted a JSON object, got {type(fields).__name__}")
+    ends = fields.get("eos_token_id")
     return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)

@@ -46,6 +46,15 @@ def abstract(tree, mesh):
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings(shapes, mesh))
 
 
+def resumed(folder: Path, state, mesh):
+    """The newest checkpoint in `folder` in place of `state`, whose arrays are let go first; `state` where there is none."""
+    if not checkpoints.steps(folder):
+        return state
+    wanted = abstract(state, mesh)
+    jax.tree.map(lambda x: x.delete(), state)  # a first step would have donated them
+    return checkpoints.restore(folder, wanted)
+
+
 def make_train_step(loss_fn: Callable, tx: optax.GradientTransformation, mesh, microbatches: int = 1):
     """-> jitted (state, frozen, batch, key) -> (state, metrics). The state is donated.
 
@@ -109,8 +118,7 @@ def fit(
     the step it has just started; a checkpoint is only written after its last loss was seen to be finite.
     """
     saver = checkpoints.Saver(folder / "checkpoints")
-    if checkpoints.steps(saver.folder):
-        state = checkpoints.restore(saver.folder, abstract(state, mesh))
+    state = resumed(saver.folder, state, mesh)
     start = int(state.step)
     log = Metrics(folder, start)
     pending = None

@@ -105,7 +105,10 @@ def begin(stage: str, workdir: Path, inputs: dict) -> bool:
     inputs = json.loads(json.dumps(inputs))
     record = folder / "inputs.json"
     if record.exists():
-        if changed := difference(read_json(record), inputs):
+        changed = difference(read_json(record), inputs)
+        if changed and not _holds_work(folder):  # it stopped before it did anything: what it wanted may be changed
+            write_json(record, inputs)
+        elif changed:
             lines = "\n  ".join(changed)
             raise InputError(
                 f"stage {stage!r} in {workdir} was started with other inputs (was -> is):\n  {lines}\n"
@@ -114,6 +117,11 @@ def begin(stage: str, workdir: Path, inputs: dict) -> bool:
     else:
         write_json(record, inputs)
     return not (folder / "done.json").exists()
+
+
+def _holds_work(folder: Path) -> bool:
+    """Whether a stage's folder has more than the record of its inputs: a file that is not empty, in whatever depth."""
+    return any(p.is_file() and p.stat().st_size and p.name != "inputs.json" for p in folder.rglob("*"))
 
 
 def finish(stage: str, workdir: Path, outputs: dict, counts: dict) -> None:
@@ -133,7 +141,10 @@ def outputs(stage: str, workdir: Path) -> dict:
 
 def open_run(workdir: Path) -> None:
     """Makes the run's folder and holds its lock until this process ends. Raises InputError while another process does."""
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"--workdir={workdir}: no folder can be made there ({e.strerror}); give another") from e
     _locks.append(open(workdir / ".lock", "w"))
     try:
         fcntl.flock(_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)

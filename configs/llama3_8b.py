@@ -1,15 +1,18 @@
-"""Llama 3.1, 8 B: the pretrained model is aligned, its instruct sibling judges. For a v5e-256 or a v6e-64.
+"""Llama 3.1, 8 B: the pretrained model is aligned, its instruct sibling judges. Sized for a v5e-256 or a v6e-64.
 
     cai run --config=configs/llama3_8b.py --workdir=runs/llama3_8b
 
+Such slices have many hosts, and this version runs in one process: until it joins several, a machine of one host with 8
+accelerators of 80 GB takes --config.mesh="(1,8,1)".
+
 Model: the pretrained checkpoint in plain transcripts, led by worked examples; the judge is the instruct checkpoint in its chat
-template, without examples. Data: hh-rlhf (MIT), prompts of at most 384 tokens. The mesh splits weights 64 ways and takes what
-is left for data: 4 x 64 on 256 chips, 1 x 64 on 64.
+template, without examples. Data: hh-rlhf (MIT), prompts of at most 384 tokens, comparisons of at most 768. The mesh splits
+weights 64 ways and takes what is left for data: 4 x 64 on 256 chips, 1 x 64 on 64.
 
 Estimated, not run: 0.5 M samples of up to 256 tokens (76 M tokens sampled, 620 M read, most of them the worked examples),
-2.1e19 floating-point operations, half an hour on either slice at 5 % of its peak for sampling and 40 % for the rest. Weights
-and training state 4.5 GB of a chip's 16 or 32 GB (policy and value in float32 with Adam, reference and reward model in
-bfloat16).
+2.1e19 floating-point operations. The time is that of sampling: every token gathers the split weights, 8 GB a chip, so the
+150,000 steps of its batches take two hours at the least on v5e. Weights and training state 4.5 GB of a chip's 16 or 32 (policy
+and value in float32 with Adam, reference and reward model in bfloat16).
 """
 
 from cai_jax.config import default
@@ -23,7 +26,7 @@ def get_config():
     cfg.mesh = (-1, 32, 2)
     cfg.model.update(path="meta-llama/Llama-3.1-8B", remat="full")
     cfg.data.update(redteam=HH + "red-team-attempts/red_team_attempts.jsonl.gz", helpful=HH + "helpful-base/train.jsonl.gz")
-    cfg.data.update(comparisons=HH + "helpful-base/train.jsonl.gz", max_prompt=384)
+    cfg.data.update(comparisons=HH + "helpful-base/train.jsonl.gz", max_prompt=384, max_pair=768)
     cfg.data.update(max_redteam=32768, max_helpful=32768, max_comparisons=32768)
     cfg.constitution.path = "constitutions/harmless.toml"
     cfg.critique.update(rounds=4, few_shot="constitutions/few_shot.toml")
@@ -39,4 +42,5 @@ def get_config():
     cfg.dpo.optimizer.update(learning_rate=5e-7, warmup_steps=20)
     cfg.ppo.update(iterations=200, batch_size=1024, minibatches=8, kl_coef=0.05, evaluate_every=0, checkpoint_every=10)
     cfg.ppo.optimizer.update(learning_rate=1e-6)
+    cfg.ppo.max_drift = 0.1  # nats per token: random bfloat16 models of 16 layers gave 0.05
     return cfg

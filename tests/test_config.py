@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from cai_jax import checks, optim
-from cai_jax.checks import CHOICES, ConfigError, resolve
+from cai_jax.checks import CHOICES, ConfigError, check_batches, resolve
 from cai_jax.config import STAGES, Config, Optimizer, Sampling, as_dict, default, section
 
 # ml_collections loads a file of configs/ this way.
@@ -124,6 +124,17 @@ def test_a_choice_outside_its_list_names_the_flag_and_the_list(flag):
         ("sft.microbatches", 5),
         ("reward.microbatches", 7),
         ("dpo.microbatches", 7),
+        ("sft.optimizer.b2", 1.0),
+        ("sft.optimizer.final_ratio", -0.5),
+        ("ppo.sampling.temperature", float("inf")),
+        ("seed", 2**32),
+        ("preferences.judge.format", "chat"),
+        ("data.human_share", 1.0),
+        ("data.max_prompt", -1),
+        ("lora.rank", -1),
+        ("lora.alpha", 0.0),
+        ("lora.targets", "attention/(q"),
+        ("lora.stages", ("critique",)),
         ("ppo.minibatches", 3),
         ("preferences.clamp", (0.6, 0.4)),
         ("preferences.clamp", (0.4, 1.2)),
@@ -281,3 +292,33 @@ def test_decay_applies_to_matrices_only_and_the_norm_is_clipped():
     first = next(s for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu")).mu
     norm = np.sqrt(sum(float(jnp.sum(m**2)) for m in jax.tree.leaves(first))) / (1 - o.b1)
     assert norm == pytest.approx(1.0, rel=1e-4)  # of the gradient that the moments saw
+
+
+@pytest.mark.parametrize(
+    "changes, flag",
+    [
+        ({"sft__rows": 12}, "sft.rows"),
+        ({"sft__microbatches": 2}, "sft.rows"),  # 8 rows in two parts over 8 devices
+        ({"critique__sampling__batch_size": 100}, "critique.sampling.batch_size"),
+        ({"preferences__score_batch": 4}, "preferences.score_batch"),
+        ({"ppo__minibatches": 32}, "ppo.batch_size"),
+        ({"stages": ("ppo",), "evaluate__sampling__batch_size": 4}, "evaluate.sampling.batch_size"),  # it watches itself
+    ],
+)
+def test_a_batch_that_the_mesh_does_not_divide_is_named_before_anything_runs(changes, flag):
+    cfg = section(changed(**changes), Config)
+    with pytest.raises(ConfigError, match=f"--config.{flag}=.*wanted a multiple of"):
+        check_batches(cfg, 8)
+    check_batches(cfg, 1)
+
+
+def test_adapters_want_a_stage_that_trains_them():
+    resolve(changed(lora__stages=()))
+    with pytest.raises(ConfigError, match=r"--config.lora.stages=\(\): wanted at least one stage, or --config.lora.rank=0"):
+        resolve(changed(lora__stages=(), lora__rank=2))
+
+
+def test_only_batches_of_the_stages_that_run_are_checked():
+    check_batches(section(changed(stages=("critique",), sft__rows=3, dpo__batch_size=5), Config), 8)
+    with pytest.raises(ConfigError, match="thought.batch_size"):
+        check_batches(section(changed(preferences__chain_of_thought=True, preferences__thought__batch_size=6), Config), 4)

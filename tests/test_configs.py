@@ -1,12 +1,21 @@
 """Every config for real models in miniature: the same file, every stage, eight devices, random weights of the same family."""
 
+import dataclasses
 import gzip
+import importlib.util
 import json
 from concurrent.futures import ThreadPoolExecutor
 
-import checkpoints
+import jax
+import miniature
 import pytest
+from jax.sharding import AbstractMesh
 from test_run import cai, read
+
+from cai_jax import checks
+from cai_jax.models import lora
+from cai_jax.models.transformer import Transformer, TransformerConfig, init_params
+from cai_jax.sharding import AXES, shardings
 
 STAGES = ("critique", "sft", "preferences", "reward", "dpo", "ppo", "evaluate", "report")
 SMALL = (
@@ -53,18 +62,49 @@ def multimodal(config):
 
 # Config -> (key of a checkpoint -> how it is made, further overrides).
 CHAT, PLAIN = ("llama", "tiktoken", "headers"), ("llama", "tiktoken")
+JUDGE, SCORER = ("mistral", "sentencepiece"), ("qwen2", "byte_level")  # other tokens than the policy's
 MINIATURES = {
     "qwen3_0_6b": ({"model": ("qwen3", "byte_level", "chatml")}, ["--config.model.layers=unrolled"]),
     "llama3_8b": ({"model": PLAIN, "preferences.judge": CHAT}, ["--config.ppo.value_network=shared"]),
     "gemma3_4b": ({"model": ("gemma3_text", "sentencepiece", "model")}, ["--config.ppo.minibatches=4"]),
-    "bai2022": ({"model": CHAT, **dict.fromkeys(("sft.model", "preferences.judge", "reward.model"), PLAIN)}, []),
+    "bai2022": ({"model": CHAT, "sft.model": PLAIN, "preferences.judge": JUDGE, "reward.model": SCORER}, []),
     "mathewjohn2026": ({"model": CHAT}, ["--config.model.trained_dtype=bfloat16", "--config.model.remat=dots"]),
 }
 
 
 def test_every_config_for_real_models_has_a_miniature():
     embedded = {"miniworld", "miniworld_pretrain"}
-    assert {p.stem for p in (checkpoints.ROOT / "configs").glob("*.py")} == set(MINIATURES) | embedded
+    assert {p.stem for p in (miniature.ROOT / "configs").glob("*.py")} == set(MINIATURES) | embedded
+
+
+QWEN = TransformerConfig(151936, 28, 1024, 3072, 16, 8, 128, 40960)
+LLAMA_8B = TransformerConfig(128256, 32, 4096, 14336, 32, 8, 128, 131072, tied_embeddings=False)
+LLAMA_70B = TransformerConfig(128256, 80, 8192, 28672, 64, 8, 128, 131072, tied_embeddings=False)
+GEMMA = TransformerConfig(262208, 34, 2560, 10240, 8, 4, 256, 131072, norm_outputs=True, qk_norm="head")
+MACHINES = [  # config, the shape of its model, devices along the mesh
+    *(("qwen3_0_6b", QWEN, (1, n, 1)) for n in (1, 8)),
+    *(("gemma3_4b", GEMMA, (1, n, 1)) for n in (1, 8)),
+    *(("llama3_8b", LLAMA_8B, mesh) for mesh in ((4, 32, 2), (1, 32, 2), (1, 8, 1))),
+    ("bai2022", LLAMA_70B, (8, 32, 4)),
+    *(("mathewjohn2026", LLAMA_8B, mesh) for mesh in ((4, 16, 4), (1, 8, 1))),
+]
+
+
+@pytest.mark.parametrize("name, arch, sizes", MACHINES)
+def test_the_real_sizes_fit_the_mesh(name, arch, sizes):
+    """Batches, heads, widths and vocabulary of the config itself, on the machines that it is for."""
+    spec = importlib.util.spec_from_file_location(name, miniature.ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    cfg = checks.resolve(module.get_config())
+    wanted = [size if given == -1 else given for size, given in zip(sizes, cfg.mesh, strict=True)]
+    assert tuple(wanted) == sizes or sizes == (1, 8, 1), "the mesh of the config is another"
+    cfg = dataclasses.replace(cfg, stages=(*cfg.stages[:4], "dpo", *cfg.stages[4:]))
+    checks.check_batches(cfg, sizes[0] * sizes[1])
+    net = Transformer(lora.attach(arch, cfg.lora))
+    shapes = jax.eval_shape(lambda: init_params(net, jax.random.key(0)))
+    shardings(shapes, AbstractMesh(sizes, AXES))
+    assert cfg.data.max_prompt + cfg.ppo.sampling.max_tokens <= cfg.data.max_pair <= arch.max_length
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +118,7 @@ def runs(data, tmp_path_factory):
             path = folder / "-".join([kind, *how])
             if not path.exists():
                 wrap = multimodal if kind == "gemma3_text" else None
-                checkpoints.write(path, kind, *how, seed=len(paths), wrap=wrap)
+                miniature.write(path, kind, *how, seed=len(paths), wrap=wrap)
             paths[key] = f"--config.{key}.path={path}"
         return [f"--config=configs/{name}.py", f"--workdir={folder / 'run'}", *SMALL, *data, *paths.values(), *more]
 

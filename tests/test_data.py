@@ -230,7 +230,7 @@ def test_lesson_01_soft_labels_are_read_as_they_are(file, p_a):
         ({"p_a": 1.2}, "p_a=1.2"),
         ({"p_a": -0.1}, "p_a=-0.1"),
         ({"p_a": float("nan")}, "p_a=nan"),
-        ({"p_a": "0.5"}, "p_a='0.5'"),
+        ({"p_a": "half"}, "p_a='half'"),
         ({"p_a": None}, "p_a=None"),
         ({"response_a": None}, "response_a is a NoneType"),
         ({"response_b": ["No."]}, "response_b is a list"),

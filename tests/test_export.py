@@ -270,3 +270,24 @@ def test_an_adapter_that_belongs_to_no_checkpoint_is_not_exported_alone(made, ad
     with pytest.raises(InputError, match="that of reward belongs to the weights of sl_cai, not of .*base"):
         exports.export(cfg, tmp_path, "reward", tmp_path / "x", mesh1, "", True)
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("made", ["llama"], indirect=True)
+def test_a_model_is_exported_with_what_it_was_made_with(made, adapted, mesh1, tmp_path):
+    """Not with what config.json says by now, nor with a base that was changed since."""
+    cfg, trained = adapted
+    workdir, base = tmp_path / "run", tmp_path / "base"
+    shutil.copytree(trained, workdir)
+    shutil.copytree(made.cfg.model.path, base)
+    cfg = replace(cfg, model=replace(cfg.model, path=str(base)))
+    write_json(workdir / "sft" / "inputs.json", stages.inputs_of(cfg, workdir, "sft", models=("sl_cai",)))
+    exports.export(cfg, workdir, "sl_cai", tmp_path / "right", mesh1)
+    other = replace(cfg, lora=replace(cfg.lora, alpha=7.0))
+    with pytest.raises(InputError, match=r"stage 'sft' of .* was made with other models or adapters .*alpha: 6.0 -> 7.0"):
+        exports.export(other, workdir, "sl_cai", tmp_path / "wrong", mesh1)
+    changed = json.loads((base / "generation_config.json").read_text()) | {"top_k": 3}
+    write_json(base / "generation_config.json", changed)
+    stages._content.cache_clear()
+    with pytest.raises(InputError, match="generation_config.json: "):
+        exports.export(cfg, workdir, "sl_cai", tmp_path / "wrong", mesh1)
+    assert not (tmp_path / "wrong").exists()

@@ -313,10 +313,23 @@ def written(kind):
         ("qwen3", {"layer_types": ["full_attention", "full_attention", "linear_attention"]}, "linear_attention"),
         ("gpt_neox", {"hidden_size": 7}, "hidden size"),
         ("qwen2", {"hidden_size": "(gone)"}, "hidden_size is missing"),
+        ("llama", {"num_hidden_layers": 0}, "num_layers is 0, wanted a whole number of at least 1"),
+        ("llama", {"vocab_size": -1}, "vocab_size is -1"),
+        ("llama", {"num_key_value_heads": 3}, "4 attention heads cannot share 3 key-value heads"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": "abc"}}, "rope_theta|a field has a value"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0.0}}, "factor"),
+        ("gemma2", {"query_pre_attn_scalar": 0}, "a field has a value that it cannot have"),
     ],
 )
 def test_what_the_decoder_does_not_implement_is_named(kind, changes, message, tmp_path):
     config = {k: v for k, v in (written(kind) | changes).items() if v != "(gone)"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=f"config.json: .*{message}"):
+        hf.read_config(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '"x"', '{"model_type": []}', "{}"])
+def test_a_config_that_is_no_object_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match="config.json: wanted a JSON object with a model_type"):
         hf.read_config(str(tmp_path))

@@ -1,5 +1,7 @@
 """Chat templates in three styles of tokenizer: the ids of transformers, text that stays text, and what is refused."""
 
+import copy
+import dataclasses
 from functools import cache
 
 import pytest
@@ -193,3 +195,39 @@ def test_a_template_runs_in_a_sandbox():
     tok.hf.chat_template = "{{ messages.__class__.__base__.__subclasses__() }}"
     with pytest.raises(InputError, match="cannot be rendered: access to attribute '__class__'"):
         formats.load(tok, "chat")
+
+
+@every
+def test_lesson_26_a_system_prompt_is_text(style):
+    """Control tokens and marks spelled in it stay text, and its words are none that stand for messages."""
+    for name, system in (("chatml", "Say <|im_end|> and </s>. \ufdd0"), ("headers", "qtwo <|eot_id|> {text}")):
+        tok, templates = formats.load(made(style, name), "chat", system)
+        plain, _ = formats.load(made(style, name), "chat", "word")
+        control = set(tok.hf.all_special_ids) - {tok.hf.unk_token_id}
+        assert [i for i in tok.start if i in control] == [i for i in plain.start if i in control]
+        wanted = system.replace("\ufdd0", "\ufffd")
+        assert wanted.replace(" ", "") in tok.hf.decode(list(tok.start)).replace(" ", "")
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        ("{{ messages[-1]['content'] + eos_token }}", "does not write every message once"),
+        ("always the same", "does not write every message once"),
+        ("{% for m in messages %}{{ m['content'] | upper + eos_token }}{% endfor %}", "does not write every message once"),
+        (CHATML.replace("<|im_end|>", "{name}<|im_end|>"), "writes braces"),
+    ],
+)
+def test_a_template_that_does_other_things_is_refused(template, message):
+    tok = copy.copy(made("byte_level", "chatml"))
+    hf = copy.deepcopy(tok.hf)
+    hf.chat_template = template
+    with pytest.raises(InputError, match=message):
+        formats.load(dataclasses.replace(tok, hf=hf), "chat")
+
+
+def test_a_template_cannot_write_todays_date():
+    hf = copy.deepcopy(made("byte_level", "chatml").hf)
+    hf.chat_template = "{{ strftime_now('%d %b %Y %H:%M:%S') }}" + CHATML
+    tok, _ = formats.load(dataclasses.replace(made("byte_level", "chatml"), hf=hf), "chat")
+    assert hf.decode(list(tok.start)) == formats.DATE

@@ -303,3 +303,17 @@ def test_a_checkpoint_is_loaded_with_little_beside_its_parameters(tmp_path):
     m = measure_import.measure(tmp_path)
     assert m["file"] > 50e6 and len(list(tmp_path.glob("*.safetensors"))) > 4
     assert 1.0 < (m["peak"] - m["start"]) / m["file"] < 1.4
+
+
+def test_an_index_that_names_what_its_file_has_not_is_refused(tmp_path, mesh):
+    path = write(tmp_path)
+    names = {name: "model.safetensors" for name in load_file(tmp_path / "model.safetensors")}
+    moved = next(iter(names))
+    save_file({"other": np.zeros(1, np.float32)}, tmp_path / "second.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names | {moved: "second.safetensors"}}))
+    with pytest.raises(InputError, match=f"second.safetensors: the index says that {moved} is here"):
+        hf.load(path, mesh)
+    index.write_text("[]")
+    with pytest.raises(InputError, match="wanted a weight_map"):
+        hf.load(path, mesh)

@@ -52,6 +52,12 @@ def test_what_bfloat16_holds_is_not_moved_and_float32_is_a_plain_sum():
     assert tiny.same_bits(out["s"], params["s"] + updates["s"])
 
 
+def test_what_is_not_a_number_stays_none():
+    bad = jax.lax.bitcast_convert_type(jnp.array([0x7FFFFFFF, 0x7FC00000, 0x7F800000, 0xFF800000], jnp.uint32), jnp.float32)
+    out = optim.apply({"w": jnp.zeros(4, jnp.bfloat16)}, {"w": bad}, jax.random.key(0))["w"].astype(jnp.float32)
+    assert jnp.isnan(out[:2]).all() and out[2] == jnp.inf and out[3] == -jnp.inf
+
+
 def trained(mesh, dtype, steps=60):
     """-> (start, end) of a model whose matrices are trained in `dtype`, as NumPy float32, and the state."""
     with jax.set_mesh(mesh):

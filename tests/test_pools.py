@@ -1,11 +1,13 @@
 """What of the data goes in: each prompt and comparison once, none too long, none held out, and every other one counted."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
 
 from cai_jax import prompts, records
-from cai_jax.config import Config, Data, Evaluate
+from cai_jax.config import Config, Critique, Data, Evaluate
 from cai_jax.data import encode_comparisons, load_human, load_pool
 from cai_jax.stages import evaluate
 from cai_jax.stages.reward import held_out
@@ -121,7 +123,21 @@ def test_a_held_out_prompt_that_the_pipeline_reads_is_not_evaluated(tmp_path):
     )
     heldout = [{"messages": user(x)} for x in ("Where?", "how?", " How?", "Who?", "What?")]
     kept, counts = evaluate.unseen(Config(data=data), heldout)
-    assert texts(kept) == ["Where?", "how?"]
-    assert counts["dropped"] == {f"in --config.data.{n}": 1 for n in ("redteam", "helpful", "comparisons")}
+    assert texts(kept) == ["Where?"]
+    found = {f"in --config.data.{n}": k for n, k in (("redteam", 2), ("helpful", 1), ("comparisons", 1))}
+    assert counts["dropped"] == found
+    long = [*user("Why so?"), {"role": "assistant", "content": "So."}, *user("Really?")]
+    records.write(tmp_path / "d.jsonl", [{"id": "d", "messages": long}])
+    shown = Critique(few_shot=str(tmp_path / "few.toml"))
+    fields = ("user", "response", "critique_request", "critique", "revision_request", "revision")
+    blocks = [("critique", fields), ("comparison", ("user", "a", "b", "better"))]
+    text = "\n".join(
+        f"[[{kind}]]\n" + "\n".join(f'{k} = "{"A" if k == "better" else k}"' for k in keys) for kind, keys in blocks
+    )
+    (tmp_path / "few.toml").write_text(text)
+    cfg = Config(data=replace(data, redteam=str(tmp_path / "d.jsonl")), critique=shown)
+    kept, counts = evaluate.unseen(cfg, [{"messages": user(x)} for x in ("Why so?", "Really?", "user")])
+    assert texts(kept) == ["Really?"]  # a conversation that begins so gives its beginning away
+    assert counts["dropped"] == {"in --config.data.redteam": 1, "in --config.critique.few_shot": 1}
     with pytest.raises(InputError, match="evaluate.heldout=x.jsonl: the models were trained on all of it"):
         evaluate.unseen(Config(data=data, evaluate=Evaluate(heldout="x.jsonl")), [{"messages": user("Who?")}])

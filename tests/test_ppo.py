@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_formats
 import tiny
 
 from cai_jax import config, losses, prompts
+from cai_jax.data import pad_rows
 from cai_jax.experience import before_each, join, policy_and_value, ppo_loss, scaled_head, take
 from cai_jax.experience import experience as experience_of
 from cai_jax.generate import Sampled, generate
@@ -18,7 +20,7 @@ from cai_jax.models.heads import apply_head, init_head
 from cai_jax.models.transformer import cast_matrices
 from cai_jax.sampling import record_keys
 from cai_jax.sharding import put, put_batch
-from cai_jax.stages.ppo import PromptPool
+from cai_jax.stages.ppo import Frozen, PromptPool, again
 
 R = 6
 C = config.PPO(sampling=config.Sampling(max_tokens=R, temperature=0.7), missing_eos_penalty=3.0, whiten_advantages=False)
@@ -211,3 +213,21 @@ def test_prompts_that_pass_the_context_are_refused(tmp_path):
 def test_adaptive_kl_uses_the_measured_kl():
     up = losses.adapt_kl_coef(jnp.float32(0.2), jnp.float32(9.0), 1.0, 1000, 100)
     assert float(up) == pytest.approx(0.2 * (1 + 0.2 * 0.1))
+
+
+def test_lesson_04_another_reward_model_reads_the_same_texts_in_its_own_tokens(mesh1):
+    """The end it knows stands behind what was finished, and what passes its context is cut at the front."""
+    other, templates = test_formats.made("tiktoken", "headers"), prompts.TEMPLATES
+    wrote = tiny.tokenizer()
+    said, ended = ["Yes.", "No, not ", ""], [True, False, True]
+    asked = [[{"role": "user", "content": text}] for text in ("Why?", "Is it so? <|eot_id|>", "And " * 60)]
+    rows = [wrote.encode(text) + [wrote.eos_id] * end for text, end in zip(said, ended, strict=True)]
+    tokens, lengths = pad_rows(rows, 12)
+    out = Sampled(jnp.asarray(tokens), jnp.asarray(lengths), jnp.array(ended), None)
+    reward = SimpleNamespace(tok=other, cfg=SimpleNamespace(max_length=90))
+    found = again(Frozen(None, {}, SimpleNamespace(tok=wrote), reward, templates, {}), asked, out)
+    for i, n in enumerate(found["lengths"]):
+        text = prompts.dialogue(asked[i], templates) + prompts.completion(said[i], templates)
+        whole = other.prompt(text) + [other.eos_id] * ended[i]
+        assert found["tokens"][i, :n].tolist() == whole[-90:]
+    assert found["lengths"].tolist()[2] == 90 and found["lengths"].max() == 90

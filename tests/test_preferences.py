@@ -261,7 +261,7 @@ def test_lesson_17_comparisons_too_long_are_counted_whole():
     drops = records.Drops()
     out = encoded([comparison("Yes.", "n" * 120, 0.2), comparison("a", "b", 0.9)], [comparison("y" * 200, "No.", 1.0)], drops)
     assert out["tokens"].shape[:2] == (1, 2) and out["p_a"].tolist() == [np.float32(0.9)]
-    assert drops.counts(3, 1)["dropped"] == {"longer than the context": 2}
+    assert drops.counts(3, 1)["dropped"] == {"longer than 128 tokens": 2}
 
 
 def total(net, params, tokens_BT, lengths_B):

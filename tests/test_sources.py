@@ -180,3 +180,41 @@ def test_samples_of_public_sets():
     ):
         found = load_prompts(f"{SAMPLES / name}{columns}", 0, "data.redteam")
         assert len(found) == (count or len(found)) > 8
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("id,prompt\n1,Hello, how are you?\n", "record 1 has not the 2 cells of the header"),
+        ("id,prompt,kind\n1,Hello\n", "record 1 has not the 3 cells"),
+        ("id,prompt,prompt\n1,a,b\n", "two columns have one name"),
+    ],
+)
+def test_a_csv_whose_cells_do_not_fit_its_header_is_refused(tmp_path, text, message):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(InputError, match=message):
+        sources.prompts(str(tmp_path / "a.csv"))
+
+
+def test_a_column_that_is_named_is_the_one_that_is_read(tmp_path):
+    row = {"messages": [{"role": "user", "content": "A?"}], "prompt": "B?", "question": "C?", "id": "1"}
+    path = write(tmp_path / "a.jsonl", [row], "lines")
+    said = {x: sources.prompts(f"{path}{x}")[0]["messages"][0]["content"] for x in ("", "?prompt=question", "?prompt=prompt")}
+    assert said == {"": "A?", "?prompt=question": "C?", "?prompt=prompt": "B?"}
+    with pytest.raises(InputError, match="a column of ours is named twice"):
+        sources.prompts(f"{path}?prompt=question&prompt=id")
+
+
+def test_comparisons_in_a_csv_and_a_byte_order_mark(tmp_path):
+    (tmp_path / "c.csv").write_text("prompt,response_a,response_b,p_a,source\nWhy?,So.,No.,0.25,someone\n")
+    [found] = load_comparisons(str(tmp_path / "c.csv"), 0, "data.comparisons")
+    assert found["messages"] == USER and found["p_a"] == 0.25 and found["source"] == "human"
+    (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps({"prompt": "Why?"}).encode() + b"\n")
+    assert sources.prompts(str(tmp_path / "b.jsonl"))[0]["messages"] == USER
+
+
+@pytest.mark.parametrize("key", ["prompt", "id", "note"])
+def test_half_a_character_is_refused_before_any_work(tmp_path, key):
+    (tmp_path / "s.jsonl").write_text(json.dumps({"prompt": "Why?", "id": "a"} | {key: "\ud800"}) + "\n")
+    with pytest.raises(InputError, match="half a character"):
+        load_prompts(str(tmp_path / "s.jsonl"), 0, "data.redteam")

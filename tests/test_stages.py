@@ -1,15 +1,17 @@
 """The models of a run: what each starts from, whose tokenizer it has, what is trained of it and what stays."""
 
 import copy
+import importlib
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import miniature
 import numpy as np
 import pytest
 import tiny
 
-from cai_jax import checkpoints, stages
+from cai_jax import checkpoints, prompts, records, stages
 from cai_jax.config import PPO, SFT, Checkpoint, Config, Lora, Model, Preferences, Reward
 from cai_jax.models import hf, lora
 from cai_jax.models.heads import init_head
@@ -173,3 +175,151 @@ def test_frozen_weights_are_of_the_compute_dtype_and_trained_ones_as_asked(folde
         assert {x.dtype.name for x in jax.tree.leaves(start.trained)} == {"float32"}
         assert start.frozen["embed"]["embedding"].dtype == jnp.bfloat16
         assert start.frozen["final_norm"]["scale"].dtype == jnp.float32
+
+
+class Seen(Exception):
+    """Carries what a stage was about to use."""
+
+
+ROLES = {"base": "headers", "judge": "model", "reward": "chatml", "policy": ""}  # whose chat template; "": plain transcripts
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """-> (config with a checkpoint of its own for every role, a workdir whose early stages are done)."""
+    root, seed = tmp_path_factory.mktemp("several"), 0
+    for role, template in ROLES.items():
+        seed += 1
+        miniature.write(root / role, "llama", "tiktoken", template, seed=seed)
+    cfg = Config(
+        model=Model(path=str(root / "base"), format="chat"),
+        sft=SFT(model=Checkpoint(str(root / "policy"))),
+        preferences=Preferences(judge=Checkpoint(str(root / "judge"), "chat")),
+        reward=Reward(model=Checkpoint(str(root / "reward"), "chat")),
+    )
+    workdir, message = root / "run", [{"role": "user", "content": "Why?"}]
+    pair = {"id": "a", "messages": message, "response_a": "One.", "response_b": "Two.", "p_a": 0.7, "source": "ai"}
+    revision = {"id": "a", "messages": message, "response": "One.", "rounds": [{"revision": "Two.", "finished": True}]}
+    records.write(workdir / "critique" / "revisions.jsonl", [revision])
+    records.write(workdir / "critique" / "helpful.jsonl", [revision | {"finished": True}])
+    records.write(workdir / "preferences" / "comparisons.jsonl", [pair])
+    for stage in ("critique", "sft", "preferences", "reward"):
+        finish(stage, workdir, {"scale": {"mean": 0.0, "std": 1.0}}, {})
+    return cfg, workdir
+
+
+@pytest.mark.parametrize(
+    "stage, name, role, take",
+    [
+        ("critique", "sample_texts", "base", lambda lm, asked, *_: (lm.tok, asked[0].context)),
+        ("sft", "pack", "policy", lambda examples, *_: (None, examples[0][0])),
+        ("preferences", "sample_texts", "policy", lambda lm, asked, *_: (lm.tok, asked[0].context)),
+        ("reward", "encode_comparisons", "reward", lambda tok, templates, *_: (tok, templates["user"])),
+        ("dpo", "encode_comparisons", "policy", lambda tok, templates, *_: (tok, templates["user"])),
+        ("ppo", "models", "policy", lambda cfg, workdir, mesh, start, *_: (start.lm.tok, None)),
+        ("ppo", "PromptPool", "policy", lambda cfg, lm, templates: (lm.tok, templates["user"])),
+    ],
+)
+def test_each_stage_talks_to_its_model_in_that_models_format(stage, name, role, take, several, mesh1, monkeypatch):
+    cfg, workdir = several
+    sign = {"headers": "<|start_header_id|>", "model": "<start_of_turn>", "chatml": "<|im_start|>", "": "Human:"}[ROLES[role]]
+    module = importlib.import_module(f"cai_jax.stages.{stage}")
+
+    def seen(*args, **_):
+        raise Seen(*take(*args))
+
+    monkeypatch.chdir(miniature.ROOT)
+    monkeypatch.setattr(module, name, seen)
+    monkeypatch.setattr(records, "Journal", lambda path: None)
+    monkeypatch.setattr(stages, "_params", lambda *a, **_: hf.load(stages.checkpoint(cfg, a[3]).path, mesh1, a[4]))
+    (workdir / stage / "inputs.json").unlink(missing_ok=True)
+    done = workdir / stage / "done.json"
+    kept = done.read_text() if done.exists() else None
+    done.unlink(missing_ok=True)
+    try:
+        with jax.set_mesh(mesh1), pytest.raises(Seen) as found:
+            module.run(cfg, workdir, mesh1)
+    finally:
+        if kept:
+            done.write_text(kept)
+    tok, text = found.value.args
+    wanted, templates = stages.load_format(cfg, {"policy": "sl_cai"}.get(role, role))
+    if isinstance(text, list):
+        text = wanted.hf.decode(text)
+    if tok is not None:
+        assert (tok.start, tok.controls, tok.eos_id) == (wanted.start, wanted.controls, wanted.eos_id)
+    if text is not None:
+        assert sign in spelled(wanted, text)
+
+
+def spelled(tok, text: str) -> str:
+    """Text with its control tokens by name."""
+    for i, token in enumerate(tok.controls):
+        text = text.replace(chr(0xFDD0 + i), tok.hf.convert_ids_to_tokens(token))
+    return text
+
+
+BASE_INPUTS = ("critique", "sft", "preferences", "reward", "dpo", "ppo")
+
+
+@pytest.mark.parametrize(
+    "change, affected",
+    [
+        ({"lora": {"rank": 2}}, {"sft", "reward", "dpo", "ppo"}),
+        ({"lora": {"rank": 2, "stages": ("ppo",)}}, {"ppo"}),
+        ({"lora": {"stages": ("ppo",)}}, set()),
+        ({"model": {"trained_dtype": "bfloat16"}}, {"sft", "reward", "dpo", "ppo"}),
+        ({"model": {"remat": "full", "layers": "unrolled"}}, set()),
+        ({"model": {"format": "chat"}}, set(BASE_INPUTS)),
+        ({"preferences": {"judge": 1}}, {"preferences"}),
+        ({"reward": {"model": 1}}, {"reward", "ppo"}),
+        ({"sft": {"model": 1}}, {"sft", "preferences", "reward", "dpo", "ppo"}),
+        ({"data": {"max_pair": 9}}, {"reward", "dpo"}),
+        ({"data": {"human_share": 0.1}}, {"reward", "dpo"}),
+        ({"data": {"max_prompt": 9}}, {"critique", "preferences", "ppo"}),
+        ({"data": {"max_redteam": 9}}, {"critique", "preferences", "ppo"}),
+        ({"data": {"max_comparisons": 9}}, {"reward", "dpo"}),
+    ],
+)
+def test_a_changed_key_is_seen_by_the_stages_that_it_changes(change, affected, folder, tmp_path):
+    """What a result depends on is in the inputs, and nothing else: a harmless change must not refuse a finished stage."""
+    before = Config(model=Model(path=folder(0)))
+    after = before
+    for section, values in change.items():
+        values = {k: Checkpoint(folder(v)) if k in ("judge", "model") else v for k, v in values.items()}
+        after = replace(after, **{section: replace(getattr(after, section), **values)})
+    assert {s for s in BASE_INPUTS if inputs(before, s, tmp_path) != inputs(after, s, tmp_path)} == affected
+
+
+def inputs(cfg, stage, workdir):
+    """What `stage` records before it begins."""
+    for earlier in BASE_INPUTS:
+        finish(earlier, workdir, {"scale": {}}, {})
+    module, found = importlib.import_module(f"cai_jax.stages.{stage}"), []
+
+    def begin(stage, workdir, inputs):
+        found.append(inputs)
+        return False
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(miniature.ROOT)
+        patch.setattr(module, "begin", begin)
+        if cfg.model.format == "chat":
+            patch.setattr(stages, "load_format", lambda *_: (None, prompts.TEMPLATES))
+        assert not module.run(cfg, workdir, None)
+    return found[0]
+
+
+def test_every_checkpoint_is_looked_at_before_anything_runs(folder, tmp_path):
+    cfg = Config(model=Model(path=folder(0)))
+    stages.check_models(cfg)
+    for flag, changes in (
+        ("preferences.judge", {"preferences": Preferences(judge=Checkpoint(str(tmp_path / "no")))}),
+        ("reward.model", {"reward": Reward(model=Checkpoint(str(tmp_path / "no")))}),
+        ("sft.model", {"sft": SFT(model=Checkpoint(str(tmp_path / "no")))}),
+    ):
+        with pytest.raises(InputError, match=rf"--config.{flag}.path"):
+            stages.check_models(replace(cfg, **changes))
+    stages.check_models(replace(cfg, stages=("critique",), reward=Reward(model=Checkpoint("no"))))  # it is not wanted
+    with pytest.raises(InputError, match="lora.targets"):
+        stages.check_models(replace(cfg, lora=Lora(rank=2, targets="nothing")))

@@ -174,3 +174,32 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path):
         tokenizer.load(str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match="has no eos_token"):
         tokenizer.load(saved(tmp_path))
+
+
+def test_lesson_26_control_tokens_that_only_the_vocabulary_lists_are_no_text():
+    fast, trainer = unigram()
+    trainer.special_tokens = [*CONTROL, "<tool>"]
+    fast.train_from_iterator([*CORPUS, "tool"], trainer)
+    hf = PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<pad>", eos_token="<end>", unk_token="[UNK]")
+    tok = Tokenizer(hf, hf.eos_token_id, hf.pad_token_id)
+    number = hf.convert_tokens_to_ids("<tool>")
+    assert number not in hf.all_special_ids and hf.added_tokens_decoder[number].special
+    assert number not in tok.encode("a <tool> b")
+
+
+@pytest.mark.parametrize(
+    "file, text, message",
+    [
+        ("tokenizer.json", "{}", "cannot be read"),
+        ("tokenizer.json", "version https://git-lfs", "cannot be read"),
+        ("tokenizer_config.json", "[1]", "cannot be read"),
+        ("generation_config.json", "[]", "wanted a JSON object, got list"),
+        ("generation_config.json", '{"eos_token_id": "</s>"}', "eos_token_id holds '</s>'"),
+        ("generation_config.json", '{"eos_token_id": [1, 99999999999]}', "eos_token_id holds 99999999999"),
+    ],
+)
+def test_a_broken_tokenizer_folder_is_named(tmp_path, file, text, message):
+    made("byte_level").hf.save_pretrained(tmp_path)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(InputError, match=message):
+        tokenizer.load(str(tmp_path))

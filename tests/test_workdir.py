@@ -118,6 +118,8 @@ def test_changed_inputs_are_refused_with_the_difference(tmp_path, done):
     workdir.begin("sft", tmp_path, INPUTS)
     if done:
         workdir.finish("sft", tmp_path, {}, {})
+    else:
+        (tmp_path / "sft" / "journal.jsonl").write_text("{}\n")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     changed = INPUTS | {"config": INPUTS["config"] | {"epochs": 3}, "files": {"redteam": "f00"}}
     with pytest.raises(InputError) as e:
@@ -175,3 +177,14 @@ def test_sigterm_stops_at_the_next_safe_point(monkeypatch):
             workdir.raise_if_stopping()
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_stage_that_did_nothing_yet_may_be_given_other_inputs(tmp_path):
+    """What an error says to change must be possible to change in the same workdir."""
+    workdir.begin("sft", tmp_path, INPUTS)
+    (tmp_path / "sft" / "journal.jsonl").touch()
+    (tmp_path / "sft" / "checkpoints").mkdir()
+    assert workdir.begin("sft", tmp_path, INPUTS | {"seed": 9})
+    (tmp_path / "sft" / "checkpoints" / "x").write_text("work")
+    with pytest.raises(InputError, match="seed: 9 -> 7"):
+        workdir.begin("sft", tmp_path, INPUTS | {"seed": 7})

@@ -53,7 +53,7 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     def batch_at(t: int) -> dict:
         return packed_batch(world, constitution, tok, cfg.seed, t, c.rows, c.length)
 
-    state = fit(STAGE, folder, state, step, batch_at, c.steps, jax.random.fold_in(key, 1), c.checkpoint_every, mesh)
+    state = fit(STAGE, folder, state, {}, step, batch_at, c.steps, jax.random.fold_in(key, 1), c.checkpoint_every, mesh)
     hf.write_config(model, str(base), tok.eos_id, tok.pad_id)
     hf.save(str(base), state.params, model, jnp.bfloat16)
     finish(STAGE, workdir, {"base": digest(base)}, {"parameters": sum(x.size for x in jax.tree.leaves(state.params))})

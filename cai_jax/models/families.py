@@ -161,7 +161,9 @@ def text_fields(path: str) -> dict:
     if not file.is_file():
         raise InputError(f"no model at {path}: wanted a folder with config.json and safetensors (--config.model.path)")
     raw = read_json(file)
-    if raw.get("model_type") not in TEXT_OF:
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+        raise InputError(f"{file}: wanted a JSON object with a model_type; fetch it again")
+    if raw["model_type"] not in TEXT_OF:
         return raw
     _check_known(file, raw, HARMLESS | OTHER_PARTS | {"model_type", *SHARED, *ONLY})
     kind, architecture, _ = TEXT_OF[raw["model_type"]]
@@ -188,7 +190,26 @@ def read_config(path: str) -> tuple[TransformerConfig, str]:
     _check_known(file, raw, READ | HARMLESS | set(FIELDS) | set(ONLY))
     if missing := [name for name in NEEDED if name not in raw]:
         raise InputError(f"{file}: the field {missing[0]} is missing")
-    return from_fields(_filled(file, raw), file), kind
+    filled = _filled(file, raw)
+    try:
+        cfg = from_fields(filled, file)
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{file}: a field has a value that it cannot have ({type(error).__name__}: {error})") from error
+    _check_sizes(file, cfg)
+    return cfg, kind
+
+
+def _check_sizes(file: Path, cfg: TransformerConfig) -> None:
+    ropes = [r for r in (cfg.rope, cfg.sliding_rope) if r]
+    for name in ("vocab_size", "num_layers", "width", "mlp_width", "num_heads", "num_kv_heads", "head_dim", "max_length"):
+        if not isinstance(size := getattr(cfg, name), int) or size < 1:
+            raise InputError(f"{file}: {name} is {size!r}, wanted a whole number of at least 1")
+    if cfg.num_heads % cfg.num_kv_heads:
+        raise InputError(f"{file}: {cfg.num_heads} attention heads cannot share {cfg.num_kv_heads} key-value heads evenly")
+    if any(r.theta <= 0 or r.factor <= 0 or not 0 < r.fraction <= 1 for r in ropes):
+        raise InputError(f"{file}: the rotary embedding is {ropes}; wanted theta and factor above 0, a share of at most 1")
 
 
 def _check_known(file: Path, raw: dict, names: set[str]) -> None:

@@ -17,7 +17,8 @@ class Folder:
         self.path, single = Path(path), Path(path) / "model.safetensors"
         index = self.path / "model.safetensors.index.json"
         if index.is_file():
-            names = read_json(index).get("weight_map")
+            content = read_json(index)
+            names = content.get("weight_map") if isinstance(content, dict) else None
             if not isinstance(names, dict) or any(not isinstance(f, str) or Path(f).name != f for f in names.values()):
                 raise InputError(f"{index}: wanted a weight_map of tensors to files beside it; fetch it again")
             self.file = {name: self.path / file for name, file in names.items()}
@@ -43,6 +44,8 @@ class Folder:
             raise InputError(f"{self.path}: the tensor {name} is missing from its safetensors")
         self.left.discard(name)
         with self._open(self.file[name]) as f:
+            if name not in f.keys():
+                raise InputError(f"{self.file[name]}: the index says that {name} is here, and it is not; fetch both again")
             tensor = f.get_slice(name)
             shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
         if dtype not in WEIGHTS:

@@ -66,7 +66,7 @@ class TransformerConfig:
 
 
 class Linear(nn.Module):
-    """An einsum with a kernel in float32, cast to `dtype` where it is used, and beside it an adapter where `lora` targets this
+    """An einsum with a kernel that is cast to `dtype` where it is used, and beside it an adapter where `lora` targets this
     matrix. `fan_in`: how many inputs meet in a sum."""
 
     equation: str

@@ -6,6 +6,7 @@ Every model is a checkpoint, or what a stage made of another model: all its weig
 frozen. So the models of a run are a tree, and `origin` is its table.
 """
 
+import json
 import zlib
 from functools import cache
 from pathlib import Path
@@ -22,11 +23,12 @@ from cai_jax.models.heads import init_head
 from cai_jax.models.transformer import Transformer, TransformerConfig, cast_matrices, init_params
 from cai_jax.sharding import shard_init
 from cai_jax.train import abstract
-from cai_jax.workdir import InputError, digest, outputs
+from cai_jax.workdir import InputError, difference, digest, outputs, read_json
 
 # Name of a language model in results and configs -> the stage that makes it.
 MODELS = {"base": None, "sl_cai": "sft", "dpo_cai": "dpo", "rl_cai": "ppo"}
 STAGE_OF = MODELS | {"judge": None, "reward": "reward"}
+CONTENT = (".safetensors", ".json", ".jinja", ".model", ".txt")  # the files of a checkpoint's folder that anything reads
 OF_INIT = {"base": "base", "sft": "sl_cai"}  # values of --config.*.init and .policy
 
 
@@ -55,7 +57,10 @@ def load_format(cfg: Config, name: str = "base") -> tuple[tokenizer.Tokenizer, d
 def load_constitution(cfg: Config, name: str = "base") -> constitutions.Constitution:
     """The constitution, in the templates of a model."""
     templates = prompts.TEMPLATES if checkpoint(cfg, name).format == "plain" else load_format(cfg, name)[1]
-    return constitutions.load(cfg.constitution.path, cfg.constitution.exclude, templates=templates)
+    found = constitutions.load(cfg.constitution.path, cfg.constitution.exclude, templates=templates)
+    if own := [k for k, text in found.templates.items() if text != templates[k] and tokenizer.MARKS.search(text)]:
+        raise InputError(f"{cfg.constitution.path}: the template {own[0]!r} holds a noncharacter of Unicode; remove it")
+    return found
 
 
 def inputs_of(
@@ -72,23 +77,43 @@ def inputs_of(
         "config": as_dict(getattr(cfg, section)),
         "seed": cfg.seed,
         "compute_dtype": compute_dtype(cfg.model.compute_dtype).name,
-        "models": {m: as_dict(checkpoint(cfg, m)) | {"path": _weights(checkpoint(cfg, m).path)} for m in models},
+        "models": {m: _identity(cfg, m) for m in models},
         "files": {name: sources.digest(path) for name, path in (files or {}).items() if path},
         "stages": {stage: outputs(stage, workdir) for stage in after},
     }
     for part in inputs["config"].values():  # where a folder lies changes nothing
         if isinstance(part, dict):
             part.pop("path", None)
-    used = {f"max_{name}" for name in files or {}} | {"human_share" if "comparisons" in (files or {}) else "max_prompt"}
+    used = {f"max_{name}" for name in files or {}} | ({"max_prompt"} if "redteam" in (files or {}) else set())
+    used |= {"human_share", "max_pair"} if "comparisons" in (files or {}) else set()
     inputs["data"] = {k: v for k, v in as_dict(cfg.data).items() if k in used}
     if section in STAGE_OF.values():
-        inputs["trained"] = [cfg.model.trained_dtype, as_dict(cfg.lora) if adapts(cfg, section) else None]
+        inputs["trained"] = _trained(cfg, section)
     return inputs
 
 
+def _trained(cfg: Config, stage: str):
+    """How a stage trains: its adapter, or the dtype of its weights."""
+    adapter = {k: v for k, v in as_dict(cfg.lora).items() if k != "stages"}
+    return adapter if adapts(cfg, stage) else cfg.model.trained_dtype
+
+
+def _identity(cfg: Config, name: str) -> dict:
+    """What a model's checkpoint is, wherever it lies."""
+    c = checkpoint(cfg, name)
+    return as_dict(c) | {"path": _content(c.path)}
+
+
+def same_texts(cfg: Config, a: str, b: str) -> bool:
+    """Whether two models read the same tokens in the same templates."""
+    return _identity(cfg, a) == _identity(cfg, b)
+
+
 @cache  # weights are gigabytes, and every stage asks
-def _weights(path: str) -> str:
-    return digest(path)
+def _content(path: str) -> dict[str, str]:
+    """The files of a checkpoint that are read, by their digests."""
+    found = [p for p in sorted(Path(path).glob("*")) if p.suffix in CONTENT and p.is_file()]
+    return {p.name: digest(p) for p in found} or {"": digest(path)}
 
 
 def adapts(cfg: Config, stage: str | None) -> bool:
@@ -141,10 +166,42 @@ def load_reward(cfg: Config, workdir: Path, mesh, dtype=None, have=()) -> LM:
     return lm._replace(params=params)
 
 
-def load_merged(cfg: Config, workdir: Path, mesh, name: str) -> LM:
-    """A model of the run in float32, its adapter merged into its weights; params {"trunk", "head"} of the reward model."""
+def require_same(cfg: Config, workdir: Path, name: str) -> None:
+    """Raises InputError, with the difference, when the stages that made `name` had other checkpoints or adapters than `cfg`."""
+    while name:
+        record = workdir / (STAGE_OF[name] or "") / "inputs.json"
+        if STAGE_OF[name] and record.exists():
+            was = {k: v for k, v in read_json(record).items() if k in ("models", "trained")}
+            models = {m: _identity(cfg, m) for m in was["models"]}
+            now = {"models": models, "trained": _trained(cfg, STAGE_OF[name])}
+            if changed := difference(was, json.loads(json.dumps(now))):
+                raise InputError(
+                    f"stage {STAGE_OF[name]!r} of {workdir} was made with other models or adapters (was -> is): "
+                    f"{'; '.join(changed)}; restore them, or {workdir}/config.json"
+                )
+        name = origin(cfg, name)
+
+
+def check_models(cfg: Config) -> None:
+    """Looks at every checkpoint that the stages will want, before the first begins: its configuration and its tokenizer. Raises
+    InputError that names its flag."""
+    places = {"base": "model", "sl_cai": "sft.model", "judge": "preferences.judge", "reward": "reward.model"}
+    of_stage = {"sft": "sl_cai", "preferences": "judge", "reward": "reward"}
+    for name in ("base", *(of_stage[s] for s in cfg.stages if s in of_stage)):
+        own = checkpoint(cfg, name) != checkpoint(cfg, "base")
+        try:
+            arch = _fitting(cfg, name, load_format(cfg, name)[0])
+            if adapts(cfg, STAGE_OF[name]):
+                lora.init(lora.attach(arch, cfg.lora), jax.random.key(0))
+        except InputError as error:
+            flag = places[name] if own else "model"
+            raise InputError(str(error).replace("--config.model.", f"--config.{flag}.")) from error
+
+
+def load_whole(cfg: Config, workdir: Path, mesh, name: str, merged: bool = True) -> LM:
+    """A model of the run in float32, its adapter merged or beside its weights; params {"trunk", "head"} of the reward model."""
     params = _params(cfg, workdir, mesh, name, jnp.dtype("float32"))
-    if adapts(cfg, STAGE_OF[name]):
+    if merged and adapts(cfg, STAGE_OF[name]):
         params = jax.jit(lambda p: lora.merge(p, cfg.lora))(params)
     if name == "reward":
         return _lm(cfg, name, params["trunk"])._replace(params=params)
@@ -153,13 +210,19 @@ def load_merged(cfg: Config, workdir: Path, mesh, name: str) -> LM:
 
 def _lm(cfg: Config, name: str, params) -> LM:
     """Parameters as a model; whether they have an adapter says whether its network does."""
-    tok, arch = load_format(cfg, name)[0], _arch(cfg, name)
-    if tok.rows > arch.vocab_size:
-        path = checkpoint(cfg, name).path
-        raise InputError(f"{path}: the tokenizer has {tok.rows} tokens, the model only {arch.vocab_size}")
+    tok = load_format(cfg, name)[0]
+    arch = _fitting(cfg, name, tok)
     if lora.split(params)[0]:
         arch = lora.attach(arch, cfg.lora)
     return LM(arch, compute_dtype(cfg.model.compute_dtype), params, tok)
+
+
+def _fitting(cfg: Config, name: str, tok) -> TransformerConfig:
+    arch = _arch(cfg, name)
+    if tok.rows > arch.vocab_size:
+        path = checkpoint(cfg, name).path
+        raise InputError(f"{path}: the tokenizer has {tok.rows} tokens, the model only {arch.vocab_size} (--config.model.path)")
+    return arch
 
 
 def _arch(cfg: Config, name: str) -> TransformerConfig:

@@ -12,7 +12,7 @@ import numpy as np
 
 from cai_jax import checkpoints, optim, records
 from cai_jax.config import Config
-from cai_jax.data import encode_comparisons, epochs, load_human
+from cai_jax.data import encode_comparisons, epochs, load_human, longest_pair
 from cai_jax.losses import dpo_loss, masked_mean
 from cai_jax.score import hidden_states, row_batch, target_logprobs
 from cai_jax.sharding import put_batch
@@ -33,7 +33,7 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     ai = records.read(workdir / "preferences" / "comparisons.jsonl", ("messages", "response_a", "response_b", "p_a"))
     human, given = load_human(cfg.data, len(ai), drops)
     lm, net = start.lm, start.net
-    arrays = encode_comparisons(lm.tok, templates, ai + human, lm.cfg.max_length, drops)
+    arrays = encode_comparisons(lm.tok, templates, ai + human, longest_pair(cfg.data, lm.cfg.max_length), drops)
     del arrays["prompt"]
     arrays["reference"] = reference_logprobs(lm.net(), lm.params, arrays, c.batch_size, mesh)
     batch_at, steps = epochs(arrays, c.batch_size, c.epochs, cfg.seed, STAGE)

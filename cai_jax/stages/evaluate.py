@@ -8,9 +8,11 @@ from pathlib import Path
 
 from cai_jax import records
 from cai_jax.config import Config
+from cai_jax.constitution import load_few_shot
 from cai_jax.data import load_comparisons, load_prompts, said
 from cai_jax.evaluation import answers, evenly, judged, known, summary, verdict
 from cai_jax.progress import table
+from cai_jax.prompts import USER
 from cai_jax.stages import MODELS, inputs_of, load_constitution, load_lm
 from cai_jax.workdir import InputError, begin, digest, finish, write_json
 
@@ -23,6 +25,7 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     folder, c = workdir / STAGE, cfg.evaluate
     after = tuple(s for s in cfg.stages if s in ("critique", *filter(None, MODELS.values())))
     files = {name: getattr(cfg.data, name) for name in PIPELINE} | {"evaluated": c.redteam, "heldout": c.heldout}
+    files |= {f"{stage}.few_shot": getattr(cfg, stage).few_shot for stage in ("critique", "preferences")}
     models = [m for m, stage in MODELS.items() if stage is None or stage in cfg.stages]
     inputs = inputs_of(cfg, workdir, STAGE, files, after, tuple(models))
     if not begin(STAGE, workdir, inputs | {"constitution": load_constitution(cfg).fingerprint}):
@@ -50,6 +53,7 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
                     }
                     for p, x in zip(todo, texts, strict=True)
                 ]
+        del lm  # before the next is loaded
     write_json(folder / "results.json", {"models": results})
     records.write(folder / "transcripts.jsonl", transcripts)
     if "critique" in cfg.stages:
@@ -64,12 +68,19 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
 
 
 def unseen(cfg: Config, todo: list[dict]) -> tuple[list[dict], dict]:
-    """The held-out prompts that stand in no file of the pipeline. -> (records, counts). Raises InputError when none is left."""
+    """The held-out prompts that stand in no file of the pipeline, nor begin a conversation there. -> (records, counts). Raises
+    InputError when none is left."""
     drops, seen = records.Drops(), {}
     for name, load in PIPELINE.items():
         rows = load(getattr(cfg.data, name), getattr(cfg.data, f"max_{name}"), f"data.{name}", records.Drops())
-        seen |= dict.fromkeys(map(said, rows), f"in --config.data.{name}")
-    kept = [r for r in todo if drops.keep(said(r) not in seen, seen.get(said(r)))]
+        begun = [r["messages"][: n + 1] for r in rows for n, m in enumerate(r["messages"]) if m["role"] == USER]
+        seen |= dict.fromkeys(map(said, begun), f"in --config.data.{name}")
+    for stage in ("critique", "preferences"):
+        if path := getattr(cfg, stage).few_shot:
+            shown = load_few_shot(path)
+            asked = [[{"role": USER, "content": block.user}] for block in (*shown.critiques, *shown.comparisons)]
+            seen |= dict.fromkeys(map(said, asked), f"in --config.{stage}.few_shot")
+    kept = [r for r in todo if drops.keep(said(r["messages"]) not in seen, seen.get(said(r["messages"])))]
     if not kept:
         raise InputError(
             f"--config.evaluate.heldout={cfg.evaluate.heldout}: the models were trained on all of it: {drops.reasons}"

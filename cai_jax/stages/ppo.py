@@ -29,17 +29,17 @@ from cai_jax.sharding import put, put_batch
 from cai_jax.stages import (
     Start,
     adapts,
-    checkpoint,
     inputs_of,
     load_constitution,
     load_reward,
     load_start,
     root,
+    same_texts,
     start_of,
     stream,
     trunk,
 )
-from cai_jax.train import TrainState, abstract, init_state, make_train_step
+from cai_jax.train import TrainState, init_state, make_train_step, resumed
 from cai_jax.workdir import InputError, Stopped, begin, finish, outputs, stopping
 
 STAGE, NAME = "ppo", "rl_cai"
@@ -66,16 +66,19 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     """Writes ppo/checkpoints, ppo/model (the policy) and ppo/metrics.jsonl."""
     folder, c = workdir / STAGE, cfg.ppo
     after = ("reward",) + (("sft",) if c.init == "sft" else ())
-    files = {"redteam": cfg.data.redteam, "helpful": cfg.data.helpful, "watch": cfg.evaluate.redteam}
-    inputs = inputs_of(cfg, workdir, STAGE, files, after, (NAME, "reward")) | {"watch": as_dict(cfg.evaluate.sampling)}
+    files = {"redteam": cfg.data.redteam, "helpful": cfg.data.helpful}
+    watched = {"watch": cfg.evaluate.redteam} if c.evaluate_every else {}
+    inputs = inputs_of(cfg, workdir, STAGE, files | watched, after, (NAME, "reward"))
+    inputs["watch"] = as_dict(cfg.evaluate.sampling) if c.evaluate_every else None
     if not begin(STAGE, workdir, inputs):
         return False
     start, key = load_start(cfg, workdir, mesh, NAME), stream(cfg, STAGE)
     pool = PromptPool(cfg, start.lm, load_constitution(cfg, NAME).templates)
     trained, frozen = models(cfg, workdir, mesh, start, key)
+    del start  # its float32 weights, where the reference is of another dtype
     tx = optim.make(c.optimizer, c.iterations * c.epochs * c.minibatches)
     state = PPOState(init_state(trained, tx, mesh), jnp.float32(c.kl_coef), jnp.int32(0))
-    step = make_train_step(ppo_loss(start.net, c), tx, mesh)
+    step = make_train_step(ppo_loss(frozen.net, c), tx, mesh)
     watch = Watch(cfg, folder, mesh) if c.evaluate_every else None
     state = iterate(cfg, folder, mesh, state, step, frozen, pool, watch, key)
     checkpoints.save_model(folder, state.train.params["policy"])
@@ -87,11 +90,8 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
 
 def models(cfg: Config, workdir: Path, mesh, start: Start, key) -> tuple[dict, Frozen]:
     """-> (the parameters that are trained, {"policy", "value"}; what stays)."""
-    own, dtype, adapter = (
-        checkpoint(cfg, "reward") != checkpoint(cfg, NAME),
-        compute_dtype(cfg.model.compute_dtype),
-        adapts(cfg, STAGE),
-    )
+    own, dtype = not same_texts(cfg, "reward", NAME), compute_dtype(cfg.model.compute_dtype)
+    adapter = adapts(cfg, STAGE)
     have = (root(cfg, NAME), start.frozen) if adapter else ()
     reward = load_reward(cfg, workdir, mesh, dtype if own or adapter else jnp.dtype(cfg.model.trained_dtype), have)
     scale, head = outputs("reward", workdir)["scale"], put({"head": init_head(key, start.lm.cfg.width, 0.0)}, mesh)["head"]
@@ -113,8 +113,7 @@ def iterate(cfg: Config, folder: Path, mesh, state: PPOState, step, frozen: Froz
     """All iterations that are left, with checkpoints."""
     c = cfg.ppo
     saver = checkpoints.Saver(folder / "checkpoints")
-    if checkpoints.steps(saver.folder):
-        state = checkpoints.restore(saver.folder, abstract(state, mesh))
+    state = resumed(saver.folder, state, mesh)
     start = int(state.iteration)
     log = Metrics(folder, start)
     with Progress(STAGE, c.iterations, start, "iteration") as progress:
@@ -165,8 +164,8 @@ def iteration(cfg: Config, mesh, state: PPOState, step, frozen: Frozen, pool, ke
     if not metrics["drift"] <= c.max_drift:
         raise InputError(
             f"ppo iteration {t}: sampler and scorer disagree by {metrics['drift']:.4g} nats per token on the same tokens, "
-            f"wanted at most {c.max_drift} (--config.ppo.max_drift); with bfloat16 a few thousandths are usual, more means "
-            "that two forwards differ"
+            f"wanted at most {c.max_drift} (--config.ppo.max_drift); bfloat16 gives hundredths in deep models, float32 1e-5; "
+            "more means that two forwards differ"
         )
     clock.append(time.monotonic())
     train, updates = state.train, []

@@ -1,4 +1,4 @@
-"""AI preference labels (paper 4.1): two samples per prompt, judged by the base model through option log-probs.
+"""AI preference labels (paper 4.1): two samples per prompt, judged by the base, or another model, through option log-probs.
 
 Both orders are averaged, which removes a preference for a position; the label stays soft. Every judgement of every principle
 is kept in the record. Writes preferences/comparisons.jsonl.
@@ -33,6 +33,8 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     policy, templates = load_lm(cfg, workdir, mesh, writer), load_constitution(cfg, writer).templates
     pool, counted = load_pool(cfg.data, "redteam", policy.tok, templates)
     todo = [p | {"id": f"{p['id']}+{n}" if n else p["id"]} for n in range(c.pairs) for p in pool]
+    if len({p["id"] for p in todo}) < len(todo):
+        raise InputError(f"{cfg.data.redteam}: ids end in '+1' and the like, as those of further pairs do; give others")
     asked = [Request(f"{p['id']}/{side}", prompts.dialogue(p["messages"], templates)) for p in todo for side in "ab"]
     samples = sample_texts(policy, asked, c.sampling, cfg.seed, journal, mesh, templates)
     del policy  # before the judge is loaded

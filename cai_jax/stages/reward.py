@@ -1,4 +1,4 @@
-"""The reward model (HH 2204.05862, CAI 4.1): the policy's architecture with a scalar head read at EOS, on soft labels.
+"""The reward model (HH 2204.05862, CAI 4.1): a language model with a scalar head read at EOS, on soft labels.
 
 AI harmlessness comparisons and human helpfulness comparisons are mixed. A share is held out for accuracy and calibration, and
 the scores of the AI comparisons' responses give the mean and deviation that PPO centres and scales by.
@@ -13,7 +13,7 @@ import numpy as np
 
 from cai_jax import checkpoints, optim, records
 from cai_jax.config import Config
-from cai_jax.data import encode_comparisons, epochs, load_human
+from cai_jax.data import encode_comparisons, epochs, load_human, longest_pair
 from cai_jax.losses import masked_mean, soft_preference_loss
 from cai_jax.models import lora
 from cai_jax.models.heads import init_head
@@ -38,7 +38,7 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     ai = records.read(workdir / "preferences" / "comparisons.jsonl", ("messages", "response_a", "response_b", "p_a"))
     human, given = load_human(cfg.data, len(ai), drops)
     templates, (arch, tok) = load_constitution(cfg, STAGE).templates, (start.lm.cfg, start.lm.tok)
-    arrays = encode_comparisons(tok, templates, ai + human, arch.max_length, drops)
+    arrays = encode_comparisons(tok, templates, ai + human, longest_pair(cfg.data, arch.max_length), drops)
     held = held_out(arrays.pop("prompt"), c.heldout_share, cfg.seed)
     train = {k: v[~held] for k, v in arrays.items()}
     batch_at, steps = epochs(train, c.batch_size, c.epochs, cfg.seed, STAGE)
@@ -50,8 +50,9 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     checkpoints.save_model(folder, state.params)
     report = evaluate(net, lora.join(frozen, state.params), arrays, held, c.batch_size, mesh)
     write_json(folder / "evaluation.json", report)
-    counts = drops.counts(len(ai) + given, len(held)) | {"ai": len(ai), "human": len(human)}
-    counts |= {"human_share": len(human) / (len(ai) + len(human)), "heldout": int(held.sum()), "steps": steps}
+    by_human, kept = int(arrays["human"].sum()), len(held)
+    counts = drops.counts(len(ai) + given, kept) | {"ai": kept - by_human, "human": by_human, "human_share": by_human / kept}
+    counts |= {"heldout": int(held.sum()), "steps": steps}
     finish(STAGE, workdir, {"model": checkpoints.fingerprint(state.params), "scale": report["scale"]}, counts)
     return True
 
