@@ -11,8 +11,6 @@ from cai_jax.workdir import InputError, read_json
 # Control tokens in a string: noncharacters of Unicode, which no text for interchange holds. Number i stands for controls[i].
 MARKS = re.compile(r"[\ufdd0-\ufdef]")
 
-BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # what SentencePiece falls back to: text, whatever the vocabulary says
-
 
 def mark(i: int) -> str:
     """The character that stands for control token `i` of a tokenizer's `controls`."""
@@ -42,8 +40,7 @@ class Tokenizer:
     @cached_property
     def special(self) -> frozenset[int]:
         """Ids of control tokens, those that only the vocabulary marks as such included."""
-        listed = {i for i, t in self.hf.added_tokens_decoder.items() if t.special and not BYTE.fullmatch(str(t))}
-        return frozenset(self.hf.all_special_ids) | listed
+        return frozenset(self.hf.all_special_ids) | {i for i, t in self.hf.added_tokens_decoder.items() if t.special}
 
     @property
     def rows(self) -> int:

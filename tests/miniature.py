@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from test_formats import CONTROL, STYLES, TEMPLATES
+from test_formats import CONTROL, TEMPLATES, trained
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parent.parent
@@ -17,10 +17,8 @@ ENDS = 80  # tokens that end a text, by generation_config.json: random weights w
 @cache
 def tokenizer(style: str) -> PreTrainedTokenizerFast:
     """One that has learnt the words of the constitutions, so that they are not too many tokens."""
-    fast, trainer = STYLES[style]()
-    trainer.vocab_size = 1200
     texts = [p.read_text() for p in sorted((ROOT / "constitutions").glob("*.toml"))]
-    fast.train_from_iterator([line for text in texts for line in text.split("\n")], trainer)
+    fast = trained(style, [line for text in texts for line in text.split("\n")], 1200)
     return PreTrainedTokenizerFast(
         tokenizer_object=fast, pad_token="<pad>", bos_token="<s>", eos_token="</s>", additional_special_tokens=CONTROL[3:]
     )

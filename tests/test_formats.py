@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 from functools import cache
 
 import pytest
@@ -78,10 +79,19 @@ TALK = [
 ]
 
 
+def trained(style: str, texts, size: int = 0) -> Fast:
+    """A tokenizer of a style that has learnt `texts`, with `size` entries if given."""
+    fast, trainer = STYLES[style]()
+    trainer.vocab_size = size or trainer.vocab_size
+    fast.train_from_iterator(texts, trainer)
+    whole = json.loads(fast.to_str())  # bytes must be listed to be trained with, and are text all the same
+    whole["added_tokens"] = [t for t in whole["added_tokens"] if not t["content"].startswith("<0x")]
+    return Fast.from_str(json.dumps(whole))
+
+
 @cache
 def made(style: str, name: str) -> Tokenizer:
-    fast, trainer = STYLES[style]()
-    fast.train_from_iterator(CORPUS, trainer)
+    fast = trained(style, CORPUS)
     hf = PreTrainedTokenizerFast(
         tokenizer_object=fast, pad_token="<pad>", bos_token="<s>", eos_token="</s>", additional_special_tokens=CONTROL[3:]
     )

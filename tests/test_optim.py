@@ -13,7 +13,7 @@ from cai_jax.config import Lora, Optimizer
 from cai_jax.models import lora
 from cai_jax.models.transformer import Transformer, cast_matrices
 from cai_jax.sharding import put, put_batch
-from cai_jax.train import init_state, language_model_loss, make_train_step
+from cai_jax.train import fit, init_state, language_model_loss, make_train_step
 
 STEADY = Optimizer(learning_rate=1e-4, final_ratio=1.0)
 
@@ -103,3 +103,26 @@ def test_only_the_adapter_is_trained_and_the_frozen_weights_stay(mesh1):
     assert losses[0] == pytest.approx(base, rel=1e-5) and losses[-1] < losses[0] - 0.05
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim > 1]
     assert len(moments) == 2 * len(jax.tree.leaves(state.params))
+
+
+def test_lesson_11_an_adapter_killed_and_resumed_ends_with_the_same_bits(mesh1, tmp_path):
+    """And the state that a restored one replaces is let go: both at once might not fit."""
+    cfg, tx = replace(tiny.CFG, lora=Lora(rank=2)), optim.make(STEADY, 6)
+
+    def run(folder, kill_at=None):
+        def batch_at(t):
+            if t == kill_at:
+                raise KeyboardInterrupt
+            return batch()
+
+        with jax.set_mesh(mesh1):
+            step = make_train_step(language_model_loss(Transformer(cfg)), tx, mesh1)
+            start = init_state(put(lora.init(cfg, jax.random.key(0)), mesh1), tx, mesh1)
+            return start, fit("sft", folder, start, tiny.on(mesh1), step, batch_at, 6, jax.random.key(1), 2, mesh1)
+
+    _, whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", kill_at=5)
+    start, resumed = run(tmp_path / "killed")
+    assert int(resumed.step) == 6 and tiny.same_bits(resumed, whole)
+    assert all(x.is_deleted() for x in jax.tree.leaves(start))

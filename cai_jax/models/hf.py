@@ -7,6 +7,8 @@ held beside the parameters themselves. `families` says which fields and which na
 import dataclasses
 import math
 import re
+from contextlib import nullcontext
+from itertools import accumulate
 from pathlib import Path
 
 import jax
@@ -17,6 +19,7 @@ from safetensors.numpy import save_file
 from cai_jax.models import families
 from cai_jax.models.folder import Folder
 from cai_jax.models.transformer import Transformer, TransformerConfig, init_params
+from cai_jax.progress import Progress
 from cai_jax.sharding import path_name, put, shardings
 from cai_jax.workdir import InputError, write_json
 
@@ -35,6 +38,7 @@ KINDS = {
 }
 SCORE = "score.weight"  # of a reward model: transformers' sequence classifier with one label
 MATRICES = ("kernel", "embedding")  # the leaves that take the dtype asked for; norms and biases stay float32
+SHOWN = 500  # millions of weights from which reading them is worth a bar
 SHARD_BYTES = 2 * 1024**3  # of a file that `save` writes
 
 
@@ -177,7 +181,17 @@ def load(path: str, mesh, dtype=jnp.float32, vocab_multiple: int = 1):
             shards += [jax.block_until_ready(jax.device_put(data, device)) for device in devices]
         return jax.make_array_from_single_device_arrays(want.shape, sharding, shards)
 
-    params = jax.tree_util.tree_map_with_path(one, wanted, shardings(wanted, mesh))
+    done = accumulate(x.size >> 20 for x in jax.tree.leaves(wanted))  # in millions, or so
+    total = sum(x.size >> 20 for x in jax.tree.leaves(wanted))
+    with Progress(f"reading {Path(path).name}", total, 0, "M weights") if total > SHOWN else nullcontext() as bar:
+
+        def shown(*leaf):
+            out = one(*leaf)
+            if bar:
+                bar.update(next(done))
+            return out
+
+        params = jax.tree_util.tree_map_with_path(shown, wanted, shardings(wanted, mesh))
     if scored:
         if (shape := folder.shape(SCORE)) != (1, cfg.width):
             raise InputError(f"{path}: {SCORE} has shape {shape}, wanted one label: {(1, cfg.width)}")
