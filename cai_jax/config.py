@@ -15,10 +15,10 @@ STAGES = ("pretrain", "critique", "sft", "preferences", "reward", "dpo", "ppo", 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model of its own for one part of the method; its keys mean what they mean in `Model`."""
+    """A model of its own for one part of the method; its keys are those of `Model`, from which it takes nothing over."""
 
     path: str = ""  # empty: none of its own
-    format: str = "plain"
+    format: str = "plain"  # chat for an instruct model, whatever model.format is
     system: str = ""
 
 
@@ -30,7 +30,7 @@ class Model:
     compute_dtype: str = "auto"  # auto: float32 on CPU, bfloat16 on accelerators; frozen weights are of it too
     trained_dtype: str = "float32"  # of trained weights; bfloat16 rounds each update at random, so that small ones count
     vocab_multiple: int = 1  # rows of the embedding are padded to a multiple of it, so that a mesh divides them
-    remat: str = "none"  # none | full: recompute each layer in the backward pass, a third more time | dots: all but products
+    remat: str = "none"  # none | full: recompute each layer in the backward pass, a third more time | dots: keep products
     layers: str = "scanned"  # scanned: one layer is compiled, for any depth | unrolled: all are, to be faster on some machines
 
 
@@ -40,7 +40,7 @@ class Lora:
 
     rank: int = 0  # 0: none, every weight is trained
     alpha: float = 16.0  # the product of an adapter's two matrices counts alpha / rank times
-    targets: str = "attention/[qkvo]|mlp/(gate|up|down)"  # regular expression: the matrices of a layer that get one
+    targets: str = "attention/[qkvo]|mlp/(gate|up|down)"  # regular expression on our names: which matrices get one
     stages: tuple[str, ...] = ("sft", "reward", "dpo", "ppo")  # which train adapters; the others train every weight
 
 
@@ -54,7 +54,7 @@ class Data:
     max_comparisons: int = 0  # likewise
     max_prompt: int = 0  # tokens; longer prompts are left out and counted; 0: a prompt that does not fit is an error
     max_pair: int = 0  # tokens of prompt and response; comparisons with more are left out and counted; 0: the context
-    human_share: float = 0.0  # of all comparisons, reached by leaving human ones out; 0: all of them
+    human_share: float = 0.0  # at most, of all comparisons; human ones beyond it are left out; 0: all of them are used
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Pretrain:
 @dataclass(frozen=True)
 class Critique:
     rounds: int = 2  # critique-revision pairs per prompt; 0: the first response is the target
-    temperature_end: float = 1.0  # of the last round; it goes linearly from sampling.temperature, that of the first response
+    temperature_end: float = 1.0  # of the last round, to which it goes linearly from sampling.temperature: set both
     greedy: bool = False  # critiques are greedy; responses and revisions keep their temperature
     direct: bool = False  # revise without a critique (paper, figure 7)
     use_principles: bool = True  # False: a request that names no principle
@@ -173,7 +173,7 @@ class PPO:
     gae_lambda: float = 0.95
     whiten_advantages: bool = True
     missing_eos_penalty: float = 3.0  # rewards subtracted from the score of a response cut off at max_tokens
-    target_kl: float = 0.0  # nats per token to the rollout policy, mean of a pass, after which no other follows; 0: never
+    target_kl: float = 0.0  # nats per token to the policy that sampled, after which an iteration makes no more passes; 0: any
     max_drift: float = 0.01  # largest mean |sampler - scorer| log-prob, nats per token, before the run stops
     evaluate_every: int = 4  # iterations; 0: never
     checkpoint_every: int = 4  # iterations

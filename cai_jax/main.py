@@ -69,6 +69,7 @@ def run(cfg: configs.Config, workdir: Path) -> None:
     here = with_local_models(cfg)
     if cfg.stages != ("pretrain",):
         stages.check_models(here)
+        stages.check_data(here)
     with jax.set_mesh(mesh):
         for name in cfg.stages:
             began = time.monotonic()
@@ -87,6 +88,8 @@ def export(workdir: Path, name: str, out: Path) -> None:
     from cai_jax import stages
     from cai_jax.sharding import make_mesh
 
+    if name not in exports.NAMES:
+        raise InputError(f"--model={name}: wanted one of {', '.join(exports.NAMES)}")
     if not (workdir / "config.json").is_file():
         raise InputError(f"--workdir={workdir}: no run is there, it has no config.json")
     mesh = make_mesh((1, -1, 1))
@@ -125,14 +128,19 @@ def main(argv: list[str]) -> None:
 
 def parse(argv: list[str]) -> list[str]:
     """Flags of the command line; an unknown config key ends with its name and a suggestion."""
+    known = [flag for flag, _, _ in configs.walk(configs.Config())]
+    given = [a.removeprefix("--config.").partition("=")[0] for a in argv if a.startswith("--config.")]
+    for file in (a.removeprefix("--config=") for a in argv if a.startswith("--config=")):
+        if not Path(file).is_file():
+            say(f"error: --config={file}: no such file; paths are relative to where the command is run")
+            sys.exit(2)
+    for key in given:
+        if inside := [k for k in known if k.startswith(f"{key}.")]:
+            say(f"error: --config.{key} is a section; did you mean --config.{inside[0]}?")
+            sys.exit(2)
     try:
         return app.parse_flags_with_usage(argv)
-    except OSError as e:
-        say(f"error: {e}")
-        sys.exit(2)
     except (AttributeError, KeyError) as e:  # what a locked ConfigDict raises on a key or a section it does not have
-        known = [flag for flag, _, _ in configs.walk(configs.Config())]
-        given = [a.removeprefix("--config.").partition("=")[0] for a in argv if a.startswith("--config.")]
         for key in [g for g in given if g not in known] or [str(e)]:
             near = difflib.get_close_matches(key, known, 1, cutoff=0.4)
             say(f"error: unknown configuration key {key!r}" + (f"; did you mean --config.{near[0]}?" if near else ""))

@@ -12,7 +12,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from cai_jax import checks, optim
+from cai_jax import checks, main, optim
 from cai_jax.checks import CHOICES, ConfigError, check_batches, resolve
 from cai_jax.config import STAGES, Config, Optimizer, Sampling, as_dict, default, section
 
@@ -322,3 +322,17 @@ def test_only_batches_of_the_stages_that_run_are_checked():
     check_batches(section(changed(stages=("critique",), sft__rows=3, dpo__batch_size=5), Config), 8)
     with pytest.raises(ConfigError, match="thought.batch_size"):
         check_batches(section(changed(preferences__chain_of_thought=True, preferences__thought__batch_size=6), Config), 4)
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("--config=configs/nope.py", "--config=configs/nope.py: no such file"),
+        ("--config.preferences.judge=Qwen/Qwen3-4B", "is a section; did you mean --config.preferences.judge.path?"),
+        ("--config.sft=1", "--config.sft is a section; did you mean --config.sft.model.path?"),
+    ],
+)
+def test_a_file_that_is_not_there_and_a_section_with_a_value_are_named(argument, message, capsys):
+    with pytest.raises(SystemExit) as e:
+        main.parse(["cai", "run", argument])
+    assert e.value.code == 2 and message in capsys.readouterr().err

@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from cai_jax import checkpoints, prompts, records, stages
-from cai_jax.config import PPO, SFT, Checkpoint, Config, Lora, Model, Preferences, Reward
+from cai_jax.config import PPO, SFT, Checkpoint, Config, Data, Lora, Model, Preferences, Reward
 from cai_jax.models import hf, lora
 from cai_jax.models.heads import init_head
 from cai_jax.sharding import put
@@ -323,3 +323,13 @@ def test_every_checkpoint_is_looked_at_before_anything_runs(folder, tmp_path):
     stages.check_models(replace(cfg, stages=("critique",), reward=Reward(model=Checkpoint("no"))))  # it is not wanted
     with pytest.raises(InputError, match="lora.targets"):
         stages.check_models(replace(cfg, lora=Lora(rank=2, targets="nothing")))
+
+
+def test_every_source_is_read_before_anything_runs(monkeypatch):
+    monkeypatch.chdir(miniature.ROOT)
+    stages.check_data(Config())
+    for name in ("redteam", "helpful", "comparisons"):
+        cfg = Config(data=Data(**{name: "/nope.jsonl"}))
+        with pytest.raises(InputError, match=rf"missing file: /nope.jsonl.*--config.data.{name}"):
+            stages.check_data(cfg)
+        stages.check_data(replace(cfg, stages=("sft", "report")))  # which read none

@@ -149,37 +149,8 @@ def load(path: str, mesh, dtype=jnp.float32, vocab_multiple: int = 1):
 
     def one(key_path, want, sharding):
         ours = path_name(key_path)
-        theirs, kind = names[ours]
-        stacked = ours.startswith("layers/")
-        layer_shape = want.shape[1:] if stacked else want.shape
-        for i in range(want.shape[0] if stacked else 1):
-            name, shape = theirs.replace("{i}", str(i)), their_shape(kind, layer_shape, cfg.vocab_size)
-            if (found := folder.shape(name)) != shape:
-                raise InputError(f"{path}: {name} has shape {found}, config.json wants {shape}")
         to = dtype if ours.endswith(MATRICES) else jnp.float32
-
-        def block(index):
-            if not stacked:
-                return read_block(lambda at: folder.read(theirs, at), kind, want.shape, index, cfg.vocab_size).astype(
-                    to, copy=False
-                )
-            layers = range(*index[0].indices(want.shape[0]))
-            out = None
-            for n, i in enumerate(layers):
-                name = theirs.replace("{i}", str(i))
-                layer = read_block(lambda at, name=name: folder.read(name, at), kind, layer_shape, index[1:], cfg.vocab_size)
-                out = np.empty((len(layers), *layer.shape), to) if out is None else out
-                out[n] = layer
-            return out
-
-        # One block at a time: jax.make_array_from_callback would hold the whole parameter twice.
-        places, shards = {}, []
-        for device, index in sharding.addressable_devices_indices_map(want.shape).items():
-            places.setdefault(str(index), (index, []))[1].append(device)
-        for index, devices in places.values():
-            data = block(index)
-            shards += [jax.block_until_ready(jax.device_put(data, device)) for device in devices]
-        return jax.make_array_from_single_device_arrays(want.shape, sharding, shards)
+        return _parameter(folder, cfg, *names[ours], ours.startswith("layers/"), want.shape, to, sharding)
 
     done = accumulate(x.size >> 20 for x in jax.tree.leaves(wanted))  # in millions, or so
     total = sum(x.size >> 20 for x in jax.tree.leaves(wanted))
@@ -199,6 +170,37 @@ def load(path: str, mesh, dtype=jnp.float32, vocab_multiple: int = 1):
         params = {"trunk": params} | put({"head": {"kernel": kernel, "bias": np.zeros(1, np.float32)}}, mesh)
     _account(folder, cfg, names)
     return params
+
+
+def _parameter(folder: Folder, cfg: TransformerConfig, theirs: str, kind: str, stacked: bool, shape, dtype, sharding):
+    """One parameter of ours, of `shape`, from their tensor or, `stacked`, from that of every layer."""
+    layer_shape = shape[1:] if stacked else shape
+    names = [theirs.replace("{i}", str(i)) for i in range(shape[0])] if stacked else [theirs]
+    for name in names:
+        if (found := folder.shape(name)) != (wanted := their_shape(kind, layer_shape, cfg.vocab_size)):
+            raise InputError(f"{folder.path}: {name} has shape {found}, config.json wants {wanted}")
+
+    def read(name, index):
+        return read_block(lambda at: folder.read(name, at), kind, layer_shape, index, cfg.vocab_size)
+
+    def block(index):
+        if not stacked:
+            return read(theirs, index).astype(dtype, copy=False)
+        inside, out = names[index[0]], None
+        for n, name in enumerate(inside):
+            layer = read(name, index[1:])
+            out = np.empty((len(inside), *layer.shape), dtype) if out is None else out
+            out[n] = layer
+        return out
+
+    # One block at a time: jax.make_array_from_callback would hold the whole parameter twice.
+    places, shards = {}, []
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        places.setdefault(str(index), (index, []))[1].append(device)
+    for index, devices in places.values():
+        data = block(index)
+        shards += [jax.block_until_ready(jax.device_put(data, device)) for device in devices]
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
 def _account(folder: Folder, cfg: TransformerConfig, names) -> None:

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cai_jax import checkpoints, formats, prompts, sources, tokenizer
+from cai_jax import checkpoints, formats, prompts, records, sources, tokenizer
 from cai_jax import constitution as constitutions
 from cai_jax.config import Checkpoint, Config, as_dict
+from cai_jax.data import load_comparisons, load_prompts
 from cai_jax.models import LM, compute_dtype, hf, lora
 from cai_jax.models.heads import init_head
 from cai_jax.models.transformer import Transformer, TransformerConfig, cast_matrices, init_params
@@ -29,6 +30,11 @@ from cai_jax.workdir import InputError, difference, digest, outputs, read_json
 MODELS = {"base": None, "sl_cai": "sft", "dpo_cai": "dpo", "rl_cai": "ppo"}
 STAGE_OF = MODELS | {"judge": None, "reward": "reward"}
 CONTENT = (".safetensors", ".json", ".jinja", ".model", ".txt")  # the files of a checkpoint's folder that anything reads
+READERS = {  # source of config.data -> the stages that read it, and how
+    "redteam": (("critique", "preferences", "ppo"), load_prompts),
+    "helpful": (("critique", "ppo"), load_prompts),
+    "comparisons": (("reward", "dpo"), load_comparisons),
+}
 OF_INIT = {"base": "base", "sft": "sl_cai"}  # values of --config.*.init and .policy
 
 
@@ -180,6 +186,13 @@ def require_same(cfg: Config, workdir: Path, name: str) -> None:
                     f"{'; '.join(changed)}; restore them, or {workdir}/config.json"
                 )
         name = origin(cfg, name)
+
+
+def check_data(cfg: Config) -> None:
+    """Reads every source that the stages will want, before the first begins. Raises InputError that names its flag."""
+    for name, (readers, load) in READERS.items():
+        if set(readers) & set(cfg.stages):
+            load(getattr(cfg.data, name), getattr(cfg.data, f"max_{name}"), f"data.{name}", records.Drops())
 
 
 def check_models(cfg: Config) -> None:
