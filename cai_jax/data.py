@@ -88,10 +88,8 @@ def load_pool(data: Data, name: str, tok, templates) -> tuple[list[dict], dict]:
     redteam = load_prompts(data.redteam, data.max_redteam, "data.redteam", records.Drops()) if name == "helpful" else []
     other = {said(r["messages"]) for r in redteam}
     for record in found:
-        text, ids = (
-            said(record["messages"]),
-            tok.prompt(prompts.dialogue(record["messages"], templates)) if data.max_prompt else (),
-        )
+        text = said(record["messages"])
+        ids = tok.prompt(prompts.dialogue(record["messages"], templates)) if data.max_prompt else ()
         if (
             drops.keep(text not in seen, "the same prompt again")
             and drops.keep(text not in other, "a red-team prompt too")
@@ -117,10 +115,8 @@ def load_human(data: Data, ai: int, drops: records.Drops) -> tuple[list[dict], i
     given = len(found) + drops.reasons.total() - before
     for record in found:
         a, b, p = record["response_a"].strip(), record["response_b"].strip(), record["p_a"]
-        key = (
-            said(record["messages"]),
-            *min((a, b, p), (b, a, 1 - p)),
-        )  # another label of the same answers is another person's
+        # The label is part of it: another one of the same answers is another person's.
+        key = (said(record["messages"]), *min((a, b, p), (b, a, 1 - p)))
         if drops.keep(bool(a and b), "empty response") and drops.keep(key not in once, "the same comparison again"):
             once[key] = record
     kept = list(once.values())

@@ -130,7 +130,7 @@ def check(out: Path, name: str, mesh, lm: LM) -> tuple[float, float]:
     tokens = np.random.default_rng(0).choice(usable, (ROWS, length)).astype(np.int32)
     if name == REWARD:
         tokens[:, -1] = tok.eos_id  # where a score is read
-    theirs = _theirs(out, name, tokens, tok)
+    theirs = _theirs(out, name, tokens)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = np.pad(tokens, ((0, -ROWS % ways), (0, 0)))
     batch = put_batch({"tokens": rows, "lengths": np.full(len(rows), length, np.int32)}, mesh)
@@ -142,7 +142,7 @@ def check(out: Path, name: str, mesh, lm: LM) -> tuple[float, float]:
     return float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
 
 
-def _theirs(out: Path, name: str, tokens: np.ndarray, tok: Tokenizer) -> np.ndarray:
+def _theirs(out: Path, name: str, tokens: np.ndarray) -> np.ndarray:
     """What transformers computes with the folder, float32 [B, T, V], or [B, 1] of a reward model."""
     try:
         import torch

@@ -17,7 +17,7 @@ FLAG = "--config.model.format=chat"
 WORDS = ("qzero", "qone", "qtwo", "qthree", "qfour")  # stand for the messages; no template holds them
 DATE = "26 Jul 2024"  # else a template could write today's, and a resumed run another than its first part
 FIXED = {"enable_thinking": False, "date_string": DATE}
-NOW = "{%- macro strftime_now(format) -%}" + DATE + "{%- endmacro -%}"
+NOW = "{% macro strftime_now(format) %}" + DATE + "{% endmacro %}"
 SYSTEM = "qsystem"  # stands for the system prompt
 
 
@@ -75,7 +75,8 @@ def taken_apart(tok: Tokenizer, system: str) -> Turns:
         said = [{"role": (USER, ASSISTANT)[i % 2], "content": word} for i, word in enumerate(WORDS[:count])]
         said = [{"role": "system", "content": SYSTEM}] * bool(system) + said
         try:
-            program = NOW + tok.hf.get_chat_template()
+            program = tok.hf.get_chat_template()
+            program = NOW + program if "strftime_now" in program else program
             text = tok.hf.apply_chat_template(said, chat_template=program, tokenize=False, add_generation_prompt=reply, **FIXED)
         except Exception as error:  # whatever a checkpoint's program raises
             raise InputError(f"{FLAG}: the chat template cannot be rendered: {' '.join(str(error).split())}") from error

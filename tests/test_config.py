@@ -14,7 +14,7 @@ from ml_collections import config_flags
 
 from cai_jax import checks, main, optim
 from cai_jax.checks import CHOICES, ConfigError, check_batches, resolve
-from cai_jax.config import STAGES, Config, Optimizer, Sampling, as_dict, default, section
+from cai_jax.config import STAGES, Config, Optimizer, Sampling, as_dict, default, section, walk
 
 # ml_collections loads a file of configs/ this way.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -61,7 +61,8 @@ def test_the_defaults_come_back_unchanged():
 
 @pytest.mark.parametrize("file", sorted(p.name for p in (ROOT / "configs").glob("*.py")))
 def test_every_file_of_configs_resolves(command_line, file):
-    resolve(command_line(file=file))
+    cfg = resolve(command_line(file=file))
+    assert cfg == section(as_dict(cfg), Config) and cfg != Config()  # it says something, and a run's config.json says the same
 
 
 def test_a_change_reaches_the_section_it_names_and_no_other():
@@ -164,7 +165,8 @@ def test_a_value_that_cannot_run_names_its_flag(flag, value):
     ],
 )
 def test_the_edges_of_what_can_run(values):
-    resolve(changed(**values))
+    found = {flag.replace(".", "__"): value for flag, _, value in walk(resolve(changed(**values)))}
+    assert {name: found[name] for name in values} == values
 
 
 def test_thoughts_and_blocks_without_thoughts_are_not_mixed():
@@ -195,9 +197,9 @@ def test_stages_out_of_order_or_without_what_they_read(stages, wanted):
 
 
 def test_every_stage_alone_needs_what_comes_before_it_and_all_together_run():
-    resolve(changed(stages=STAGES))
-    resolve(changed(stages=("critique", "sft", "preferences", "dpo", "evaluate")))  # without a reward model
-    resolve(changed(stages=("pretrain",)))
+    without_reward = ("critique", "sft", "preferences", "dpo", "evaluate")
+    for stages in (STAGES, without_reward, ("pretrain",)):
+        assert resolve(changed(stages=stages)).stages == stages
 
 
 def test_what_starts_from_the_base_needs_no_sft():

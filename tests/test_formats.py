@@ -236,8 +236,9 @@ def test_a_template_that_does_other_things_is_refused(template, message):
         formats.load(dataclasses.replace(tok, hf=hf), "chat")
 
 
-def test_a_template_cannot_write_todays_date():
+@pytest.mark.parametrize("begin, written", [("{{ strftime_now('%d %b %Y %H:%M:%S') }}", formats.DATE), ("  ", "  ")])
+def test_a_template_cannot_write_todays_date_and_what_it_begins_with_stays(begin, written):
     hf = copy.deepcopy(made("byte_level", "chatml").hf)
-    hf.chat_template = "{{ strftime_now('%d %b %Y %H:%M:%S') }}" + CHATML
+    hf.chat_template = begin + CHATML.replace("{% for", "{%+ for", 1)
     tok, _ = formats.load(dataclasses.replace(made("byte_level", "chatml"), hf=hf), "chat")
-    assert hf.decode(list(tok.start)) == formats.DATE
+    assert hf.decode(list(tok.start)) == written

@@ -38,6 +38,7 @@ KINDS = {
 }
 SCORE = "score.weight"  # of a reward model: transformers' sequence classifier with one label
 MATRICES = ("kernel", "embedding")  # the leaves that take the dtype asked for; norms and biases stay float32
+FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")  # of a folder, those that anything here reads
 SHOWN = 500  # millions of weights from which reading them is worth a bar
 SHARD_BYTES = 2 * 1024**3  # of a file that `save` writes
 
@@ -52,7 +53,7 @@ def local(path: str, flag: str = "model") -> str:
     from huggingface_hub import snapshot_download
 
     name, _, revision = path.partition("@")
-    wanted = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+    wanted = [f"*{suffix}" for suffix in FILES]
     try:
         return snapshot_download(name, revision=revision or None, allow_patterns=wanted, ignore_patterns=["*/*"])
     except (OSError, ValueError, RuntimeError) as error:  # the hub's errors are kinds of these

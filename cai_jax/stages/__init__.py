@@ -29,7 +29,6 @@ from cai_jax.workdir import InputError, difference, digest, outputs, read_json
 # Name of a language model in results and configs -> the stage that makes it.
 MODELS = {"base": None, "sl_cai": "sft", "dpo_cai": "dpo", "rl_cai": "ppo"}
 STAGE_OF = MODELS | {"judge": None, "reward": "reward"}
-CONTENT = (".safetensors", ".json", ".jinja", ".model", ".txt")  # the files of a checkpoint's folder that anything reads
 READERS = {  # source of config.data -> the stages that read it, and how
     "redteam": (("critique", "preferences", "ppo"), load_prompts),
     "helpful": (("critique", "ppo"), load_prompts),
@@ -118,7 +117,7 @@ def same_texts(cfg: Config, a: str, b: str) -> bool:
 @cache  # weights are gigabytes, and every stage asks
 def _content(path: str) -> dict[str, str]:
     """The files of a checkpoint that are read, by their digests."""
-    found = [p for p in sorted(Path(path).glob("*")) if p.suffix in CONTENT and p.is_file()]
+    found = [p for p in sorted(Path(path).glob("*")) if p.suffix in hf.FILES and p.is_file()]
     return {p.name: digest(p) for p in found} or {"": digest(path)}
 
 
@@ -198,8 +197,8 @@ def check_data(cfg: Config) -> None:
 def check_models(cfg: Config) -> None:
     """Looks at every checkpoint that the stages will want, before the first begins: its configuration and its tokenizer. Raises
     InputError that names its flag."""
-    places = {"base": "model", "sl_cai": "sft.model", "judge": "preferences.judge", "reward": "reward.model"}
-    of_stage = {"sft": "sl_cai", "preferences": "judge", "reward": "reward"}
+    places = {"judge": "preferences.judge", "reward": "reward.model"}  # the others that are not the base's are sft.model's
+    of_stage = {"sft": "sl_cai", "preferences": "judge", "reward": "reward", "dpo": "dpo_cai", "ppo": "rl_cai"}
     for name in ("base", *(of_stage[s] for s in cfg.stages if s in of_stage)):
         own = checkpoint(cfg, name) != checkpoint(cfg, "base")
         try:
@@ -207,7 +206,7 @@ def check_models(cfg: Config) -> None:
             if adapts(cfg, STAGE_OF[name]):
                 lora.init(lora.attach(arch, cfg.lora), jax.random.key(0))
         except InputError as error:
-            flag = places[name] if own else "model"
+            flag = places.get(name, "sft.model") if own else "model"
             raise InputError(str(error).replace("--config.model.", f"--config.{flag}.")) from error
 
 

@@ -9,22 +9,21 @@ from pathlib import Path
 from cai_jax import records
 from cai_jax.config import Config
 from cai_jax.constitution import load_few_shot
-from cai_jax.data import load_comparisons, load_prompts, said
+from cai_jax.data import said
 from cai_jax.evaluation import answers, evenly, judged, known, summary, verdict
 from cai_jax.progress import table
 from cai_jax.prompts import USER
-from cai_jax.stages import MODELS, inputs_of, load_constitution, load_lm
+from cai_jax.stages import MODELS, READERS, inputs_of, load_constitution, load_lm
 from cai_jax.workdir import InputError, begin, digest, finish, write_json
 
 STAGE = "evaluate"
-PIPELINE = {"redteam": load_prompts, "helpful": load_prompts, "comparisons": load_comparisons}  # what models learn from
 SHOWN = ("harm_rate", "harm_score", "helpfulness", "over_refusal", "evasive", "explained", "coherent")
 
 
 def run(cfg: Config, workdir: Path, mesh) -> bool:
     folder, c = workdir / STAGE, cfg.evaluate
     after = tuple(s for s in cfg.stages if s in ("critique", *filter(None, MODELS.values())))
-    files = {name: getattr(cfg.data, name) for name in PIPELINE} | {"evaluated": c.redteam, "heldout": c.heldout}
+    files = {name: getattr(cfg.data, name) for name in READERS} | {"evaluated": c.redteam, "heldout": c.heldout}
     files |= {f"{stage}.few_shot": getattr(cfg, stage).few_shot for stage in ("critique", "preferences")}
     models = [m for m, stage in MODELS.items() if stage is None or stage in cfg.stages]
     inputs = inputs_of(cfg, workdir, STAGE, files, after, tuple(models))
@@ -71,7 +70,7 @@ def unseen(cfg: Config, todo: list[dict]) -> tuple[list[dict], dict]:
     """The held-out prompts that stand in no file of the pipeline, nor begin a conversation there. -> (records, counts). Raises
     InputError when none is left."""
     drops, seen = records.Drops(), {}
-    for name, load in PIPELINE.items():
+    for name, (_, load) in READERS.items():
         rows = load(getattr(cfg.data, name), getattr(cfg.data, f"max_{name}"), f"data.{name}", records.Drops())
         begun = [r["messages"][: n + 1] for r in rows for n, m in enumerate(r["messages"]) if m["role"] == USER]
         seen |= dict.fromkeys(map(said, begun), f"in --config.data.{name}")
