@@ -9,6 +9,9 @@ moment.
 
 --torch: as where PyTorch is installed, which transformers then imports to read a config.json. cai_jax does not ask for it, so
 the figures are without it unless one does.
+
+Measured on two cores, files in the cache of the disk: 1,487 MB onto eight devices in 2 to 3 s, with a peak of 1.23 times that
+(1.07 over the process before); with --torch 1.41 times; --mesh=2,2,2, every parameter twice, 2.26 times.
 """
 
 import argparse
