@@ -22,13 +22,13 @@ CHOICES = {
 }
 AT_LEAST_ONE = "epochs rows length batch_size microbatches minibatches max_tokens checkpoint_every score_batch".split()
 AT_LEAST_ONE += "principles pairs kl_horizon num_layers num_heads num_kv_heads width mlp_width steps vocab_multiple".split()
-SHARES = ("helpful_share", "heldout_share", "top_p", "discount", "gae_lambda")
+SHARES = ("helpful_share", "heldout_share", "top_p", "min_p", "discount", "gae_lambda")
 ABOVE_ZERO = ("top_p", "clip_norm", "kl_target", "alpha", "eps", "max_drift")
 BELOW_ONE = ("b1", "b2", "human_share")
 NOT_NEGATIVE = ("rounds", "temperature", "temperature_end", "learning_rate", "kl_coef", "clip", "beta", "iterations", "limit")
 NOT_NEGATIVE += ("final_ratio", "value_clip", "value_coef", "entropy_coef", "missing_eos_penalty", "weight_decay", "target_kl")
 NOT_NEGATIVE += ("seed", "max_redteam", "max_helpful", "max_comparisons", "helpful_responses", "warmup_steps", "evaluate_every")
-NOT_NEGATIVE += ("rank", "max_prompt", "max_pair")
+NOT_NEGATIVE += ("rank", "max_prompt", "max_pair", "top_k")
 ADAPTING = ("sft", "reward", "dpo", "ppo")  # the stages that can train adapters
 
 
@@ -88,9 +88,11 @@ def resolve(config) -> Config:
     _require(good, "preferences.clamp", clamp, "two bounds with 0 <= low < high <= 1")
     thinks, shown = cfg.preferences.chain_of_thought, cfg.preferences.few_shot
     _require(not (thinks and shown), "preferences.few_shot", shown, "none with chain_of_thought: the blocks hold no thoughts")
-    heat, top_p = cfg.ppo.sampling.temperature, cfg.ppo.sampling.top_p
+    heat = cfg.ppo.sampling.temperature
     _require(heat > 0, "ppo.sampling.temperature", heat, "more than zero: rollouts are sampled")
-    _require(top_p == 1, "ppo.sampling.top_p", top_p, "1: rollouts are scored under the whole distribution")
+    for name, off in (("top_p", 1), ("top_k", 0), ("min_p", 0)):
+        got = getattr(cfg.ppo.sampling, name)
+        _require(got == off, f"ppo.sampling.{name}", got, f"{off}: rollouts are scored under the whole distribution")
     return cfg
 
 

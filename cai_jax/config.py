@@ -67,8 +67,11 @@ class ConstitutionFile:
 class Sampling:
     temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0  # nucleus mass; 1: off
+    top_k: int = 0  # the likeliest tokens that are left; 0: all
+    min_p: float = 0.0  # least probability that is left, as a share of the likeliest token's
     max_tokens: int = 32  # per sampled text, EOS included
     batch_size: int = 128  # rows decoded together
+    gather: bool = True  # put weights split along fsdp together once; False: at every token, in less memory
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import numpy as np
 from cai_jax import prompts, records, sources
 from cai_jax.config import Data
 from cai_jax.prompts import ASSISTANT, USER
+from cai_jax.trees import first_fit
 from cai_jax.workdir import InputError
 
 BUCKETS = (32, 48, 64, 96, 128, 192, 256)  # then multiples of 256: how few lengths are compiled
@@ -137,68 +138,48 @@ def pad_rows(rows: list[list[int]], length: int | None = None, count: int | None
     return tokens, lengths
 
 
-def encode_comparisons(tok, templates, pairs: list[dict], max_length: int, drops: records.Drops) -> dict[str, np.ndarray]:
-    """Comparison records as arrays: tokens [N, 2, T] of prompt + response + EOS for a and b, lengths [N, 2], starts [N] (index
-    of the first response token), p_a [N], human [N] (1.0: by a human), prompt [N] (a number that rows with the same prompt
-    share, from 0 in order). Raises InputError when none fits the context."""
-    rows, starts, kept, number = [], [], [], {}
-    for record in pairs:
-        prompt = tok.prompt(prompts.dialogue(record["messages"], templates))
-        texts = [prompts.completion(record[k], templates) for k in ("response_a", "response_b")]
-        two = [prompt + tok.encode(text) + [tok.eos_id] for text in texts]
-        if drops.keep(max(map(len, two)) <= max_length, f"longer than {max_length} tokens"):
-            rows += two
-            starts.append(len(prompt))
-            kept.append(record)
-    if not rows:
-        raise InputError(f"no comparison is left of {len(pairs)}: {dict(drops.reasons)}; wanted at most {max_length} tokens")
-    tokens, lengths = pad_rows(rows)
-    return {
-        "tokens": tokens.reshape(-1, 2, tokens.shape[1]),
-        "lengths": lengths.reshape(-1, 2),
-        "starts": np.array(starts, np.int32),
-        "p_a": np.array([r["p_a"] for r in kept], np.float32),
-        "human": np.array([r["source"] == "human" for r in kept], np.float32),
-        "prompt": np.array([number.setdefault(said(r["messages"]), len(number)) for r in kept], np.int32),
-    }
-
-
 def pack(examples: list[tuple[list[int], int]], length: int, drops: records.Drops) -> dict[str, np.ndarray]:
-    """(ids, prompt length) examples -> packed rows, first fit: arrays [N, length] tokens, targets, weights, positions,
-    segments. Each token's target is the next one of its example; weight 1 on targets behind the prompt, EOS included."""
+    """(ids, prompt length) examples -> packed rows, first fit: arrays [N, length] tokens, targets, weights, positions, ends
+    (see attention.packed_mask). Each token's target is the next one of its example; weight 1 on targets behind the prompt,
+    EOS included."""
     kept = [e for e in examples if drops.keep(len(e[0]) <= length, f"longer than {length} tokens")]
-    rows: list[list] = []
-    free: list[int] = []
-    for example in kept:
-        size = len(example[0])
-        row = next((i for i, space in enumerate(free) if space >= size), None)
-        if row is None:
-            rows.append([])
-            free.append(length)
-            row = len(rows) - 1
-        rows[row].append(example)
-        free[row] -= size
-    names = ("tokens", "targets", "positions", "segments")
-    out = {n: np.zeros((len(rows), length), np.int32) for n in names} | {"weights": np.zeros((len(rows), length), np.float32)}
-    for i, row in enumerate(rows):
-        at = 0
-        for segment, (ids, prompt) in enumerate(row, 1):
-            span = slice(at, at + len(ids))
-            out["tokens"][i, span], out["segments"][i, span] = ids, segment
-            out["positions"][i, span] = np.arange(len(ids))
-            out["targets"][i, at : at + len(ids) - 1] = ids[1:]
-            out["weights"][i, at + max(prompt, 1) - 1 : at + len(ids) - 1] = 1.0  # nothing predicts a first token
-            at += len(ids)
+    placed = first_fit([len(ids) for ids, _ in kept], length)
+    count = max((row for row, _ in placed), default=-1) + 1
+    names = ("tokens", "targets", "positions", "ends")
+    out = {n: np.zeros((count, length), np.int32) for n in names} | {"weights": np.zeros((count, length), np.float32)}
+    for (ids, prompt), (i, at) in zip(kept, placed, strict=True):
+        span = slice(at, at + len(ids))
+        out["tokens"][i, span], out["ends"][i, span] = ids, span.stop
+        out["positions"][i, span] = np.arange(len(ids))
+        out["targets"][i, at : at + len(ids) - 1] = ids[1:]
+        out["weights"][i, at + max(prompt, 1) - 1 : at + len(ids) - 1] = 1.0  # nothing predicts a first token
     return out
 
 
 def epochs(arrays: dict[str, np.ndarray], batch: int, count: int, seed: int, stream: str) -> tuple[Callable[[int], dict], int]:
     """`count` passes over arrays [N, ...] in batches. -> (batch_at(step), number of steps).
 
-    Each pass has its own order, from (seed, stream, pass). The last batch of a pass is filled up with zero rows, never
-    dropped; "row_mask" [B] says which rows are real. Raises InputError when there are no rows.
+    The last batch of a pass is filled up with zero rows, never dropped; "row_mask" [B] says which rows are real. Raises
+    InputError when there are no rows.
     """
-    n = len(next(iter(arrays.values())))
+    rows_at, steps = passes(len(next(iter(arrays.values()))), batch, count, seed, stream)
+
+    def batch_at(step: int) -> dict:
+        rows, out = rows_at(step), {}
+        for name, x in arrays.items():
+            out[name] = np.zeros((batch, *x.shape[1:]), x.dtype)
+            out[name][: len(rows)] = x[rows]
+        out["row_mask"] = (np.arange(batch) < len(rows)).astype(np.float32)
+        return out
+
+    return batch_at, steps
+
+
+def passes(n: int, batch: int, count: int, seed: int, stream: str) -> tuple[Callable[[int], np.ndarray], int]:
+    """The order of `count` passes over n rows. -> (rows_at(step), at most `batch` row numbers; number of steps).
+
+    Each pass has its own order, from (seed, stream, pass). Raises InputError when there are no rows.
+    """
     if not n:
         raise InputError(
             f"{stream}: no example is left: all were cut off, empty, held out or too long; look at the texts of the stage "
@@ -206,15 +187,9 @@ def epochs(arrays: dict[str, np.ndarray], batch: int, count: int, seed: int, str
         )
     per_pass = -(-n // batch)
 
-    def batch_at(step: int) -> dict:
+    def rows_at(step: int) -> np.ndarray:
         order = np.random.default_rng([seed, *stream.encode(), step // per_pass]).permutation(n)
         at = step % per_pass * batch
-        rows = order[at : at + batch]
-        out = {}
-        for name, x in arrays.items():
-            out[name] = np.zeros((batch, *x.shape[1:]), x.dtype)
-            out[name][: len(rows)] = x[rows]
-        out["row_mask"] = (np.arange(batch) < len(rows)).astype(np.float32)
-        return out
+        return order[at : at + batch]
 
-    return batch_at, per_pass * count
+    return rows_at, per_pass * count

@@ -1,90 +1,43 @@
-"""The engine: prompts in, sampled continuations out, with explicit lengths and log-probs.
+"""The engine's host side: contexts in, sampled texts out, in input order and the same whatever the slots do.
 
-A cache of P + R slots: the prompt, right-padded to P, then R slots for the response. All rows write the same slot at a step and
-attend to their own prompt and the response so far, so nothing is ever shifted and padding is never seen.
+A chain is a generator of what one record asks the model, one text after another: it yields a Request and is sent the answer. It
+stays in one slot, and each context is read from where it departs from what the slot holds: a revision goes on from its
+critique's cache, a second sample of a prompt reads one token. What contexts begin with in common, such as worked examples, is
+read once for all slots.
 """
 
-from functools import partial
-from typing import NamedTuple
+from collections import Counter, deque
+from collections.abc import Generator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from cai_jax.config import Sampling
-from cai_jax.data import bucket, pad_rows
+from cai_jax.data import bucket
 from cai_jax.models import LM
-from cai_jax.models.transformer import Transformer, cast_matrices, init_cache, unstack
-from cai_jax.progress import Progress
+from cai_jax.progress import Progress, say
 from cai_jax.prompts import TEMPLATES, read_back, stops
 from cai_jax.records import Journal
-from cai_jax.sampling import choose, record_key_data, record_keys
-from cai_jax.sharding import put_batch
+from cai_jax.sampling import record_key_data
+from cai_jax.sharding import batch_ways, exact_div, put_batch
+from cai_jax.slots import PIECE, Reading, Rules, decode, grow, new, prepare, read, read_text
+from cai_jax.stops import stop_table
+from cai_jax.trees import WORTH, common, shared
 from cai_jax.workdir import InputError, raise_if_stopping
 
-
-class Sampled(NamedTuple):
-    tokens_BR: jax.Array  # int32; 0 behind the end
-    lengths_B: jax.Array  # int32; EOS counted
-    finished_B: jax.Array  # bool; False: cut off at R tokens
-    logp_BR: jax.Array  # float32, of the distribution sampled from; 0 behind the end
-
-
-@partial(jax.jit, static_argnames=("net", "max_new", "top_p", "greedy"))
-def generate(
-    net: Transformer, params, tokens_BP, lengths_B, keys_B, stop_ids_E, temperature, *, max_new, top_p=1.0, greedy=False
-):
-    """Continues each row until one of stop_ids or max_new (R) tokens. Rows of length 0 are padding and yield nothing.
-
-    net: a Transformer (it is run unrolled; params are stacked as stored). -> Sampled.
-    """
-    B, P = tokens_BP.shape
-    S = P + max_new
-    net = net.clone(unrolled=True, remat="none")
-    params = unstack(cast_matrices(params, net.dtype), net.cfg.num_layers)
-    slot_11S = jnp.arange(S)[None, None]
-    prompt_B1S = slot_11S < lengths_B[:, None, None]
-
-    at_1S = jnp.arange(S)[None]
-    slots_BS = jnp.where(at_1S < P, at_1S, lengths_B[:, None] + at_1S - P)  # the position of what stands in each slot
-
-    def run(tokens_BT, positions_BT, mask_BTS, cache, index):
-        return net.apply({"params": params}, tokens_BT, positions_BT, mask_BTS, cache, index, slots_BS)
-
-    def logits_of(x_BD):
-        return net.apply({"params": params}, x_BD[:, None], method="logits")[:, 0]
-
-    positions_BP = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
-    causal_1PS = slot_11S <= jnp.arange(P)[None, :, None]
-    x_BPD, cache = run(tokens_BP, positions_BP, prompt_B1S & causal_1PS, init_cache(net.cfg, B, S, net.dtype), 0)
-    last_B = jnp.maximum(lengths_B - 1, 0)
-    x_BD = jnp.take_along_axis(x_BPD, last_B[:, None, None], axis=1)[:, 0]
-
-    def one(carry):
-        t, cache, logits_BV, done_B, tokens_BR, logp_BR, count_B = carry
-        token_B, logp_B = choose(logits_BV, keys_B, t, temperature, top_p, greedy)
-        live_B = ~done_B
-        tokens_BR = tokens_BR.at[:, t].set(jnp.where(live_B, token_B, 0))
-        logp_BR = logp_BR.at[:, t].set(jnp.where(live_B, logp_B, 0.0))
-        count_B = count_B + live_B.astype(jnp.int32)
-        done_B = done_B | jnp.any(token_B[:, None] == stop_ids_E[None, :], axis=-1)
-        mask_B1S = prompt_B1S | ((slot_11S >= P) & (slot_11S <= P + t))
-        x_B1D, cache = run(token_B[:, None], (lengths_B + t)[:, None], mask_B1S, cache, P + t)
-        return t + 1, cache, logits_of(x_B1D[:, 0]), done_B, tokens_BR, logp_BR, count_B
-
-    def more(carry):
-        return (carry[0] < max_new) & ~jnp.all(carry[3])
-
-    empty = jnp.zeros((B, max_new))
-    start = (jnp.int32(0), cache, logits_of(x_BD), lengths_B == 0)
-    start += (empty.astype(jnp.int32), empty.astype(jnp.float32), jnp.zeros_like(lengths_B))
-    _, _, _, done_B, tokens_BR, logp_BR, count_B = jax.lax.while_loop(more, one, start)
-    return Sampled(tokens_BR, count_B, done_B, logp_BR)
+IN_A_ROW = 8  # texts at most that share a slot for their contexts: more would leave slots idle at the end
+REFILL = 4  # slots are filled again when one of so many is free: filling fewer at once, or waiting longer, costs more
 
 
 class Request(NamedTuple):
-    key: str  # of the journal, and of the noise: "<record id>/<turn>"
+    key: str  # of the noise: "<record id>/<turn>"
     context: str  # the text to continue
+    temperature: float | None = None  # where it is not that of the sampling; 0: greedy
+
+
+Chain = Generator[Request, dict | None, Any]
 
 
 def fits(lm: LM, context: str, max_tokens: int) -> bool:
@@ -103,59 +56,215 @@ def sample_texts(
     what: str = "responses",
     stoppable: bool = True,
 ) -> list[dict]:
-    """Continues every context, in batches of like length. -> per request, in order: {"text", "tokens", "finished"}.
+    """Continues every context. -> per request, in order: {"text", "tokens", "finished"}. See `sample_chains`.
 
-    What is in the journal is not done again; what is done is journalled batch by batch. A request's text is a function of
-    (model, context, sampling, seed, journal folder's stage, key): not of batches, order or restarts. `finished` is False for
-    a text cut off at max_tokens; one that goes on with a cue of `templates` ends before it.
-    `stoppable`: after SIGTERM a batch is the last one, and Stopped is raised.
+    Requests that follow one another and have much of their contexts in common share a slot and its cache.
+    """
+    ids = [lm.tok.prompt(r.context) for r in requests]
+    first = len(common(ids))
+
+    def chain(group: list[Request]) -> Chain:
+        out = []
+        for r in group:
+            out.append((yield r))
+            if out[-1] is None:
+                raise too_long(lm, r, sampling, journal)
+        return out
+
+    groups: list[list[Request]] = []
+    for i, r in enumerate(requests):
+        again = shared(ids[i], ids[i - 1]) - first if i else 0
+        if again >= WORTH and again * 2 > len(ids[i]) - first and len(groups[-1]) < IN_A_ROW:
+            groups[-1].append(r)
+        else:
+            groups.append([r])
+    chains = {" ".join(r.key for r in group): chain(group) for group in groups}
+    done = sample_chains(lm, chains, sampling, seed, journal, mesh, templates, what, stoppable=stoppable)
+    return [answer for key in chains for answer in done[key]]
+
+
+def too_long(lm: LM, r: Request, sampling: Sampling, journal: Journal) -> InputError:
+    return InputError(
+        f"record {r.key!r}: its prompt of {len(lm.tok.prompt(r.context))} tokens and {sampling.max_tokens} new ones pass the "
+        f"model's context of {lm.cfg.max_length}; shorten the prompt or --config.{journal.path.parent.name}.sampling.max_tokens"
+    )
+
+
+def sample_chains(
+    lm: LM,
+    chains: dict[str, Chain],
+    sampling: Sampling,
+    seed: int,
+    journal: Journal,
+    mesh,
+    templates=TEMPLATES,
+    what: str = "responses",
+    prefix: str = "",
+    stoppable: bool = True,
+) -> dict[str, Any]:
+    """Runs every chain to its end. -> what each returned (JSON values), in order.
+
+    A chain is sent {"text", "tokens", "finished"} for each request, or None where the model's context does not hold its own and
+    sampling.max_tokens more; for a first request that is an InputError. `finished` is False for a text cut off at
+    max_tokens; one that goes on with a cue of `templates` ends before it. `prefix`: what many contexts begin with.
+
+    Chains that ended are in the journal and not run again. A text is a function of (model, context, sampling, seed, the
+    journal folder's stage, its request's key): not of slots, order or restarts. `stoppable`: after SIGTERM Stopped is raised.
     """
     stage = journal.path.parent.name
-    todo = [(lm.tok.prompt(r.context), r) for r in requests if r.key not in journal.done]
-    for ids, r in todo:
-        if len(ids) + sampling.max_tokens > lm.cfg.max_length:
-            raise InputError(
-                f"record {r.key!r}: its prompt of {len(ids)} tokens and {sampling.max_tokens} new ones pass the model's "
-                f"context of {lm.cfg.max_length}; shorten the prompt or --config.{stage}.sampling.max_tokens"
-            )
-    todo.sort(key=lambda x: (bucket(len(x[0])), len(x[0]), x[1].key))
-    done = len(requests) - len(todo)
-    with Progress(f"{stage}: {what}", len(requests), done, "sample") as progress:
-        while todo:
-            if stoppable:
-                raise_if_stopping()
-            size = bucket(len(todo[0][0]))
-            rows = [x for x in todo[: sampling.batch_size] if bucket(len(x[0])) == size]
-            todo = todo[len(rows) :]
-            journal.add(_sample_batch(lm, rows, size, sampling, seed, stage, mesh, templates))
-            done += len(rows)
-            progress.update(done)
-    return [journal.done[r.key] for r in requests]
+    first = {key: next(chain) for key, chain in chains.items()}
+    ids = {key: lm.tok.prompt(r.context) for key, r in first.items()}
+    for key, r in first.items():
+        if len(ids[key]) + sampling.max_tokens > lm.cfg.max_length:
+            raise too_long(lm, r, sampling, journal)
+    waiting = sorted(chains.keys() - journal.done.keys(), key=lambda k: (bucket(len(ids[k])), len(ids[k]), k))
+    if waiting:
+        begins = lm.tok.prompt(prefix) if prefix else common(list(ids.values()))
+        pool = Pool(lm, sampling, seed, stage, mesh, templates, begins)
+        pool.reserve(max(len(row) - pool.own(row) for row in ids.values()))  # of all, so that sizes do not depend on a restart
+        done = len(chains) - len(waiting)
+        with Progress(f"{stage}: {what}", len(chains), done, "record") as progress:
+            for ended in _ended(pool, {key: (chains[key], first[key]) for key in waiting}, stoppable):
+                journal.add(ended)
+                done += len(ended)
+                progress.update(done)
+        say(f"{stage}: {what}: {pool.summary()}")
+    return {key: journal.done[key]["result"] for key in chains}
 
 
-def _sample_batch(lm: LM, rows, size: int, sampling: Sampling, seed: int, stage: str, mesh, templates) -> list[dict]:
-    tokens, lengths = pad_rows([ids for ids, _ in rows], size, sampling.batch_size)
-    addresses = np.zeros((sampling.batch_size, 2), np.uint32)
-    addresses[: len(rows)] = [record_key_data(stage, r.key) for _, r in rows]
-    on_mesh = put_batch({"tokens": tokens, "lengths": lengths, "addresses": addresses}, mesh)
-    greedy = sampling.temperature == 0
-    out = generate(
-        lm.net(),
-        lm.params,
-        on_mesh["tokens"],
-        on_mesh["lengths"],
-        record_keys(jax.random.key(seed), on_mesh["addresses"]),
-        jnp.array(lm.tok.stop_ids, jnp.int32),
-        jnp.float32(1.0 if greedy else sampling.temperature),
-        max_new=sampling.max_tokens,
-        top_p=sampling.top_p,
-        greedy=greedy,
-    )
-    out = Sampled(*map(np.asarray, jax.device_get(out)))
-    results = []
-    for i, (_, r) in enumerate(rows):
-        ids = out.tokens_BR[i, : out.lengths_B[i]].tolist()
-        raw = lm.tok.decode(ids)
-        finished = bool(out.finished_B[i]) or any(s in raw for s in stops(templates))
-        results.append({"key": r.key, "text": read_back(raw, templates), "tokens": len(ids), "finished": finished})
-    return results
+def _ended(pool, chains: dict[str, tuple[Chain, Request]], stoppable: bool):
+    """Chains with their first requests, in the order in which they begin, through the slots of `pool`. Yields what ended,
+    some at a time: {"key", "result"} each."""
+    waiting, active = deque(chains), {}
+
+    def begin(slot: int) -> None:
+        if waiting:
+            active[slot] = key = waiting.popleft()
+            pool.ask(slot, chains[key][1], fresh=True)
+
+    def go_on(slot: int, answer: dict | None) -> list[dict]:
+        """Sends an answer to a slot's chain. What that asks next is put in its place; where it ends, the next chain begins."""
+        try:
+            r = chains[active[slot]][0].send(answer)
+        except StopIteration as end:
+            ended = {"key": active.pop(slot), "result": end.value}
+            begin(slot)
+            return [ended]
+        return [] if pool.ask(slot, r) else go_on(slot, None)
+
+    for slot in range(pool.sampling.batch_size):
+        begin(slot)
+    while active:
+        if stoppable:
+            raise_if_stopping()
+        yield [e for slot, answer in pool.answers(list(active)) for e in go_on(slot, answer)]
+
+
+class Pool:
+    """The slots of one call on the device, and what the host knows of them."""
+
+    def __init__(self, lm: LM, sampling: Sampling, seed: int, stage: str, mesh, templates, prefix: list[int]):
+        self.lm, self.sampling, self.stage, self.mesh, self.templates = lm, sampling, stage, mesh, templates
+        self.ways = batch_ways(mesh)
+        self.part = exact_div(sampling.batch_size, self.ways, f"--config.{stage}.sampling.batch_size over the mesh")
+        self.fill = max(1, self.part // REFILL)  # texts that each part reads together
+        self.net, self.key = lm.net(unrolled=True), jax.random.key(seed)
+        self.params = prepare(lm.net(), lm.params, sampling.gather)
+        table = stop_table(lm.tok, stops(templates))
+        none = np.arange(len(table), dtype=table.dtype)[:, None]  # ids that stand for no text change no state
+        table = np.concatenate([table, np.repeat(none, max(0, lm.cfg.vocab_size - table.shape[1]), axis=1)], axis=1)
+        self.rules = Rules(jnp.array(lm.tok.stop_ids, jnp.int32), jnp.asarray(table))
+        self.room, self.slots = 0, None
+        self.held = [([], 0)] * sampling.batch_size  # tokens in each slot's own cache, and how many of the prefix before them
+        self.asked, self.unread, self.counts = {}, [], Counter(read=len(prefix))
+        self.prefix_ids = prefix
+        self.prefix = read_text(self.net, self.params, prefix, mesh) if prefix else None
+
+    def own(self, ids: list[int]) -> int:
+        """Where a context departs from the prefix; at least one token is its own."""
+        n = min(shared(ids, self.prefix_ids), len(ids) - 1)
+        return n if n >= WORTH else 0
+
+    def reserve(self, tokens: int, kept: int = 0) -> None:
+        """Room in every slot for so many tokens of its own and those to be sampled. All but those kept are read, and what is
+        read has padding behind it."""
+        padded = tokens - (tokens - kept) % PIECE + bucket((tokens - kept) % PIECE)
+        if (wanted := bucket(max(padded, tokens + self.sampling.max_tokens))) > self.room:
+            args = self.net, self.sampling.batch_size, wanted, self.sampling.max_tokens
+            self.slots, self.room = grow(self.slots, wanted) if self.slots else new(*args), wanted
+
+    def ask(self, slot: int, r: Request, fresh: bool = False) -> bool:
+        """Puts a context into a slot. -> whether the model has room for it. Not `fresh`: of what the slot holds, the tokens in
+        common are kept."""
+        ids = self.lm.tok.prompt(r.context)
+        if len(ids) + self.sampling.max_tokens > self.lm.cfg.max_length:
+            return False
+        at, (held, before) = self.own(ids), self.held[slot]
+        own = ids[at:]
+        kept = 0 if fresh or before != at else min(shared(own, held), len(own) - 1)
+        self.held[slot], self.asked[slot] = (own, at), r
+        self.unread.append((slot, kept, own[kept:]))
+        self.counts.update(texts=1, read=len(own) - kept, kept=kept, shared=at)
+        self.reserve(len(own), kept)
+        return True
+
+    def answers(self, active: list[int]) -> list[tuple[int, dict]]:
+        """Samples in all slots until some of the active ones are done. -> their numbers and texts."""
+        self._read()
+        B, s = self.sampling.batch_size, self.sampling
+        until = min(B, B - len(active) + self.fill * self.ways)
+        rules = {"top_p": s.top_p, "top_k": s.top_k, "min_p": s.min_p}
+        self.slots = decode(self.net, self.params, self.prefix, self.slots, self.rules, until, **rules)
+        tokens, count, done, finished = jax.device_get(
+            (self.slots.tokens_BR, self.slots.count_B, self.slots.done_B, self.slots.finished_B)
+        )
+        out = []
+        for slot in (i for i in active if done[i]):
+            ids = tokens[slot, : count[slot]].tolist()
+            own, at = self.held[slot]
+            self.held[slot] = (own + ids)[: self.room - 1], at  # a row that is done writes on in its last place
+            self.counts.update(sampled=len(ids))
+            raw = self.lm.tok.decode(ids)
+            ended = bool(finished[slot]) or any(x in raw for x in stops(self.templates))
+            out.append((slot, {"text": read_back(raw, self.templates), "tokens": len(ids), "finished": ended}))
+        return out
+
+    def _read(self) -> None:
+        """Reads what was asked, piece by piece; texts of like length together."""
+        while self.unread:
+            by_size, rest = {}, []
+            for slot, at, ids in self.unread:
+                by_size.setdefault(bucket(len(ids[:PIECE])), []).append((slot, at, ids[:PIECE]))
+                if ids[PIECE:]:
+                    rest.append((slot, at + PIECE, ids[PIECE:]))
+            for size, texts in sorted(by_size.items()):
+                parts = [[t for t in texts if t[0] // self.part == w] for w in range(self.ways)]
+                for i in range(0, max(map(len, parts)), self.fill):
+                    self._read_some([p[i : i + self.fill] for p in parts], size)
+            self.unread = rest
+
+    def _read_some(self, parts: list[list[tuple[int, int, list[int]]]], size: int) -> None:
+        M = self.ways * self.fill
+        ints = ("lengths_M", "filled_M", "offset_M", "limit_M")
+        x = {name: np.zeros(M, np.int32) for name in ints} | {"tokens_MT": np.zeros((M, size), np.int32)}
+        x |= {"addresses_M2": np.zeros((M, 2), np.uint32), "temperature_M": np.zeros(M, np.float32)}
+        used = [[slot % self.part for slot, *_ in part] for part in parts]
+        rows = [[*mine, *(i for i in range(self.part) if i not in mine)][: self.fill] for mine in used]
+        x["rows_Wm"] = np.array(rows, np.int32)
+        for w, part in enumerate(parts):
+            for j, (slot, at, ids) in enumerate(part):
+                i, r = w * self.fill + j, self.asked[slot]
+                x["tokens_MT"][i, : len(ids)] = ids
+                x["lengths_M"][i], x["filled_M"][i], x["offset_M"][i] = len(ids), at, self.held[slot][1]
+                x["addresses_M2"][i], x["limit_M"][i] = record_key_data(self.stage, r.key), self.sampling.max_tokens
+                x["temperature_M"][i] = self.sampling.temperature if r.temperature is None else r.temperature
+        reading = Reading(**put_batch(x, self.mesh))
+        self.slots = read(self.net, self.params, self.prefix, self.slots, self.key, reading)
+
+    def summary(self) -> str:
+        c, steps = self.counts, int(self.slots.steps)
+        busy = c["sampled"] / max(1, steps * self.sampling.batch_size)
+        return (
+            f"{c['texts']:,} texts: {c['read']:,} tokens read, {c['kept'] + c['shared']:,} found in a cache; {c['sampled']:,} "
+            f"sampled in {steps:,} steps with {busy:.0%} of {self.sampling.batch_size} slots busy"
+        )

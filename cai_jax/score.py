@@ -9,26 +9,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cai_jax.data import bucket, pad_rows
+from cai_jax.data import bucket
 from cai_jax.losses import preference_from_logprobs
 from cai_jax.models import LM
-from cai_jax.models.attention import causal_mask
 from cai_jax.models.heads import apply_head
 from cai_jax.models.transformer import Transformer, unstack
-from cai_jax.progress import Progress
+from cai_jax.progress import Progress, say
 from cai_jax.prompts import OPTIONS
 from cai_jax.sampling import shape_logits
-from cai_jax.sharding import put_batch
+from cai_jax.sharding import batch_ways, put_batch
+from cai_jax.slots import prepare, read_text
+from cai_jax.trees import common, first_fit, lay, plant
 from cai_jax.workdir import InputError, raise_if_stopping
 
 CHUNK = 64  # tokens of a row whose logits exist at once
+TREE = 1024  # tokens of a tree: a larger one would share more and compare more in vain
 
 
 def hidden_states(net: Transformer, params, batch):
-    """Final hidden states [B, T, D] of a batch with tokens, positions and segments (0: padding). Parameters are stacked, also
-    for an unrolled network."""
+    """Final hidden states [B, T, D] of a batch with tokens, positions and ends (see attention.packed_mask). Parameters are
+    stacked, also for an unrolled network."""
     params = unstack(params, net.cfg.num_layers) if net.unrolled else params
-    return net.apply({"params": params}, batch["tokens"], batch["positions"], causal_mask(batch["segments"]))[0]
+    return net.apply({"params": params}, batch["tokens"], batch["positions"], batch["ends"])
 
 
 def target_logprobs(net: Transformer, params, hidden_BTD, targets_BT, temperature: float = 1.0):
@@ -51,68 +53,71 @@ def target_logprobs(net: Transformer, params, hidden_BTD, targets_BT, temperatur
 
 
 def row_batch(tokens_BT, lengths_B):
-    """Unpacked right-padded rows as a batch: positions count up, segment 1 covers the row's length."""
+    """Unpacked right-padded rows as a batch."""
     B, T = tokens_BT.shape
     positions = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
-    return {"tokens": tokens_BT, "positions": positions, "segments": (positions < lengths_B[:, None]).astype(jnp.int32)}
+    ends = jnp.where(positions < lengths_B[:, None], lengths_B[:, None], 0)
+    return {"tokens": tokens_BT, "positions": positions, "ends": ends}
 
 
 @partial(jax.jit, static_argnames="net")
-def next_token_logprobs(net: Transformer, params, tokens_BT, lengths_B):
-    """Log-probs [B, V] of what follows each row."""
-    hidden = hidden_states(net, params, row_batch(tokens_BT, lengths_B))
-    last = jnp.take_along_axis(hidden, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)
-    return jax.nn.log_softmax(net.apply({"params": params}, last, method="logits")[:, 0], axis=-1)
+def tree_logprobs(net: Transformer, params, prefix, offset, batch):
+    """Log-probs of tokens that go on from places in packed trees (see trees.py). -> float32 [B, M].
 
-
-@partial(jax.jit, static_argnames="net")
-def row_logprobs(net: Transformer, params, tokens_BT, lengths_B, from_B):
-    """Summed log-prob of each row's tokens from index `from_B` on. -> float32 [B]."""
-    hidden = hidden_states(net, params, row_batch(tokens_BT, lengths_B))
-    logp_BT, _ = target_logprobs(net, params, hidden[:, :-1], tokens_BT[:, 1:])
-    at = jnp.arange(1, tokens_BT.shape[1])[None]
-    inside = (at >= from_B[:, None]) & (at < lengths_B[:, None])
-    return jnp.sum(jnp.where(inside, logp_BT, 0.0), axis=-1)
+    net: unrolled, with parameters as slots.serving makes them. batch: tokens, positions, ends [B, T]; `at` [B, M], the places;
+    `next` [B, M], the tokens. `prefix`: None, or what all texts begin with, `offset` tokens of it.
+    """
+    rows = batch["tokens"], batch["positions"], batch["ends"]
+    if prefix:
+        hidden = net.apply({"params": params}, *rows, prefix, offset, method="beside")
+    else:
+        hidden = net.apply({"params": params}, *rows)
+    x_BMD = jnp.take_along_axis(hidden, batch["at"][:, :, None], axis=1)
+    return target_logprobs(net, params, x_BMD, batch["next"])[0]
 
 
 def option_logprobs(lm: LM, contexts: list[str], batch_size: int, mesh, name: str, options=OPTIONS) -> np.ndarray:
     """Log-prob of each whole option string after each context. -> float64 [N, C], in order.
 
-    When all options are one token, one forward of the context gives them all; else each option is a row of its own.
+    Contexts and options are packed as trees, `batch_size` rows at a time: what contexts have in common is computed once, so the
+    options of a context, and the orders and principles of a comparison, cost what they add to it.
     Raises InputError for a context longer than the model's.
     """
     encoded = [lm.tok.options(c, options) for c in contexts]
     longest = max(len(ids) + max(map(len, opts)) for ids, opts in encoded)
     if longest > lm.cfg.max_length:
         raise InputError(f"{name}: a comparison of {longest} tokens passes the model's context of {lm.cfg.max_length}")
-    single = all(len(o) == 1 for _, opts in encoded for o in opts)
-    if single:
-        rows = [(ids, len(ids), i, [o[0] for o in opts]) for i, (ids, opts) in enumerate(encoded)]
-    else:
-        rows = [(ids + o, len(ids), i, c) for i, (ids, opts) in enumerate(encoded) for c, o in enumerate(opts)]
-    rows.sort(key=lambda r: (bucket(len(r[0])), r[2]))
-    out = np.zeros((len(contexts), len(options)))
-    done = 0
-    with Progress(name, len(rows), 0, "score") as progress:
-        while done < len(rows):
+    before = common([ids for ids, _ in encoded])[: min(len(ids) for ids, _ in encoded) - 1]
+    texts = [ids[len(before) :] + option[:-1] for ids, opts in encoded for option in opts]  # nothing follows a last token
+    trees = plant(texts, max(TREE, *map(len, texts)))
+    length = bucket(max(len(tree.tokens) for tree in trees))
+    placed = first_fit([len(tree.tokens) for tree in trees], length)
+    count = 1 + max(row for row, _ in placed)
+    asked = [[] for _ in range(count)]  # of every row: (place, token, number of its text)
+    for tree, (row, at) in zip(trees, placed, strict=True):
+        for n, path in tree.texts:
+            option = encoded[n // len(options)][1][n % len(options)]
+            asked[row] += [(at + place, token, n) for place, token in zip(path[-len(option) :], option, strict=True)]
+    batch_size = min(batch_size, -(-count // batch_ways(mesh)) * batch_ways(mesh))
+    rows = lay(trees, placed, -(-count // batch_size) * batch_size, length)
+    M = bucket(max(map(len, asked)))
+    rows |= {"at": np.zeros((len(rows["tokens"]), M), np.int32), "next": np.zeros((len(rows["tokens"]), M), np.int32)}
+    for row, wanted in enumerate(asked):
+        rows["at"][row, : len(wanted)], rows["next"][row, : len(wanted)] = [w[0] for w in wanted], [w[1] for w in wanted]
+    out = np.zeros(len(texts))
+    net, params = lm.net(unrolled=True), prepare(lm.net(), lm.params)
+    prefix = read_text(net, params, before, mesh) if before else None
+    with Progress(name, count, 0, "row") as progress:
+        for i in range(0, count, batch_size):
             raise_if_stopping()
-            size = bucket(len(rows[done][0]))
-            part = [r for r in rows[done : done + batch_size] if bucket(len(r[0])) == size]
-            tokens, lengths = pad_rows([r[0] for r in part], size, batch_size)
-            starts = np.zeros_like(lengths)
-            starts[: len(part)] = [r[1] for r in part]
-            b = put_batch({"tokens": tokens, "lengths": lengths, "starts": starts}, mesh)
-            if single:
-                logp = np.asarray(next_token_logprobs(lm.net(), lm.params, b["tokens"], b["lengths"]))
-                for i, (_, _, at, ids) in enumerate(part):
-                    out[at] = logp[i, ids]
-            else:
-                logp = np.asarray(row_logprobs(lm.net(), lm.params, b["tokens"], b["lengths"], b["starts"]))
-                for i, (_, _, at, c) in enumerate(part):
-                    out[at, c] = logp[i]
-            done += len(part)
-            progress.update(done)
-    return out
+            batch = put_batch({k: x[i : i + batch_size] for k, x in rows.items()}, mesh)
+            logp = np.asarray(tree_logprobs(net, params, prefix, jnp.int32(len(before)), batch), np.float64)
+            for row, wanted in enumerate(asked[i : i + batch_size]):
+                np.add.at(out, [n for _, _, n in wanted], logp[row, : len(wanted)])
+            progress.update(min(count, i + batch_size))
+    whole, read = sum(len(t) + len(before) for t in texts), sum(len(t.tokens) for t in trees) + len(before)
+    say(f"{name}: {len(texts):,} options: {read:,} tokens read of {whole:,}, in rows {read / (count * length):.0%} full")
+    return out.reshape(len(contexts), len(options))
 
 
 def averaged_preference(logp_ab, logp_ba):

@@ -99,17 +99,43 @@ def shard_init(init, mesh, *args):
     return jax.jit(init, out_shardings=out)(*args)
 
 
+def gather_split(tree):
+    """Parameters with their layers apart, whole along fsdp and split along model as before. Without a mesh in scope: `tree`."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+
+    def one(path, x):
+        name = path_name(path)
+        alone = re.sub(r"layers_\d+/", "layers/", name)
+        spec = spec_of(alone, (1, *x.shape))[1:] if alone != name else spec_of(name, x.shape)
+        return jax.lax.with_sharding_constraint(x, P(*(None if axis == "fsdp" else axis for axis in spec)))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
 def put(tree, mesh):
     """Host arrays onto the mesh by PARAM_RULES."""
     return jax.device_put(tree, shardings(tree, mesh))
 
 
+def batch_ways(mesh) -> int:
+    """How many parts the batch is split in."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def put_batch(batch, mesh):
     """Host arrays [B, ...] onto the mesh, B split over the batch axes. Raises InputError when B does not split."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = batch_ways(mesh)
     for name, x in batch.items():
         exact_div(x.shape[0], ways, f"batch array {name!r} over the mesh axes {BATCH} (--config.mesh)")
     return jax.device_put(batch, NamedSharding(mesh, P(BATCH)))
+
+
+def by_part(f):
+    """`f` on each part of the batch axes alone; it takes and gives arrays split along them. Without a mesh in scope it is `f`."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return f
+    return jax.shard_map(f, in_specs=P(BATCH), out_specs=P(BATCH), axis_names=set(BATCH))
 
 
 def constrain(x, *axes):

@@ -19,14 +19,21 @@ IDS = [f"p{i}" for i in range(12)]
 
 def revised(said=str, room=lambda context: True, heat=(1.0, 1.0, 1.0), **settings):
     """-> (records, counts, what was asked: {key: (context, temperature)})."""
-    todo, asked = [{"id": i, "messages": [{"role": "user", "content": f"Question {i}?"}]} for i in IDS], {}
-
-    def sample(requests, temperature, what):
-        asked.update({r.key: (r.context, temperature) for r in requests})
-        return [{"text": said(r.key), "finished": True} for r in requests]
-
+    asked, found = {}, []
     cfg = Config(critique=Critique(rounds=len(heat) - 1, **settings))
-    out, counts = critique.critique_and_revise(cfg, CONSTITUTION, todo, sample, room, list(heat))
+    for i in IDS:
+        record = {"id": i, "messages": [{"role": "user", "content": f"Question {i}?"}]}
+        chain = critique.revise(cfg, CONSTITUTION, record, critique.worked_examples(cfg, CONSTITUTION.templates), list(heat))
+        try:
+            r = next(chain)
+            while True:
+                fits = room(r.context)
+                if fits:
+                    asked[r.key] = r.context, r.temperature
+                r = chain.send({"text": said(r.key), "finished": True} if fits else None)
+        except StopIteration as end:
+            found.append(end.value)
+    out, counts = critique.whole(found, CONSTITUTION)
     return out, counts, asked
 
 

@@ -66,11 +66,11 @@ def test_packing_keeps_every_token_once_and_in_order():
     examples, length = random_examples(), 24
     out = pack(examples, length, Drops())
     found = []
-    for tokens, segments in zip(out["tokens"], out["segments"], strict=True):
-        found += [tokens[segments == s].tolist() for s in range(1, segments.max() + 1)]
-        used = np.flatnonzero(segments)
+    for tokens, ends in zip(out["tokens"], out["ends"], strict=True):
+        found += [tokens[ends == s].tolist() for s in sorted(set(ends) - {0})]
+        used = np.flatnonzero(ends)
         assert used.tolist() == list(range(len(used)))  # no hole, padding at the end
-        assert not tokens[segments == 0].any()
+        assert not tokens[ends == 0].any()
     assert sorted(found) == sorted(ids for ids, _ in examples)
     assert len(out["tokens"]) < len(examples) / 1.5  # it does pack
     assert {name: x.dtype for name, x in out.items()} == dict.fromkeys(out, np.int32) | {"weights": np.float32}
@@ -79,21 +79,21 @@ def test_packing_keeps_every_token_once_and_in_order():
 
 def test_positions_restart_with_each_example():
     out = pack(random_examples(), 24, Drops())
-    for positions, segments in zip(out["positions"], out["segments"], strict=True):
-        for s in range(1, segments.max() + 1):
-            assert positions[segments == s].tolist() == list(range((segments == s).sum()))
-        assert not positions[segments == 0].any()
+    for positions, ends in zip(out["positions"], out["ends"], strict=True):
+        for s in sorted(set(ends) - {0}):
+            assert positions[ends == s].tolist() == list(range((ends == s).sum()))
+        assert not positions[ends == 0].any()
 
 
 def test_lesson_04_the_end_is_a_target_and_no_target_crosses_examples():
     examples = random_examples()
     out = pack(examples, 24, Drops())
     prompt_of = {ids[0]: prompt for ids, prompt in examples}
-    rows = zip(out["tokens"], out["targets"], out["weights"], out["segments"], strict=True)
-    for tokens, targets, weights, segments in rows:
-        assert set(weights.tolist()) <= {0.0, 1.0} and not weights[segments == 0].any()
-        for s in range(1, segments.max() + 1):
-            ids, mine = tokens[segments == s], segments == s
+    rows = zip(out["tokens"], out["targets"], out["weights"], out["ends"], strict=True)
+    for tokens, targets, weights, ends in rows:
+        assert set(weights.tolist()) <= {0.0, 1.0} and not weights[ends == 0].any()
+        for s in sorted(set(ends) - {0}):
+            ids, mine = tokens[ends == s], ends == s
             first_target = prompt_of[ids[0]]  # index of the first token behind the prompt
             assert weights[mine].tolist() == [float(first_target <= t + 1 < len(ids)) for t in range(len(ids))]
             assert targets[mine][:-1].tolist() == ids[1:].tolist()
@@ -106,7 +106,7 @@ def test_lesson_05_pad_equal_to_end_and_empty_completions():
     """Id 0 is pad and end at once and stands in a prompt as well; the second completion is the end alone."""
     out = pack([([0, 7, 0, 8, 0], 3), ([5, 0], 1)], 8, Drops())
     assert out["tokens"].tolist() == [[0, 7, 0, 8, 0, 5, 0, 0]]
-    assert out["segments"].tolist() == [[1, 1, 1, 1, 1, 2, 2, 0]]
+    assert out["ends"].tolist() == [[5, 5, 5, 5, 5, 7, 7, 0]]
     assert out["targets"].tolist() == [[7, 0, 8, 0, 0, 0, 0, 0]]
     assert out["weights"].tolist() == [[0, 0, 1, 1, 0, 1, 0, 0]]
 

@@ -13,11 +13,11 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
-from cai_jax.generate import generate
 from cai_jax.models import families, hf
 from cai_jax.models.transformer import Transformer
 from cai_jax.sampling import record_key_data, record_keys
 from cai_jax.sharding import put_batch
+from cai_jax.slots import generate
 from cai_jax.workdir import InputError
 
 TOL = 2e-4
@@ -122,7 +122,7 @@ def test_lesson_08_decoding_with_a_cache_gives_the_logits_of_transformers(folder
     net, params = ours(path, mesh1)
     prompts, lengths = TOKENS[:, :12], np.array([12, 7, 3], np.int32)
     keys = record_keys(jax.random.key(0), np.stack([record_key_data("test", n) for n in "abc"]))
-    out = generate(net, params, prompts, lengths, keys, jnp.array([-1]), jnp.float32(1.0), max_new=8, greedy=True)
+    out = generate(net, params, prompts, lengths, keys, jnp.array([-1]), jnp.float32(0.0), max_new=8)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
     for b, n in enumerate(lengths):
         said = np.asarray(out.tokens_BR)[b]

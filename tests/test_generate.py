@@ -1,4 +1,4 @@
-"""The engine against the plain forward pass, and sampled texts that are a function of their record alone."""
+"""Sampled texts are a function of their record alone, whatever slots, caches and restarts do."""
 
 import itertools
 from contextlib import contextmanager
@@ -12,182 +12,13 @@ import tiny
 
 from cai_jax import generate as engine
 from cai_jax.config import Sampling
-from cai_jax.generate import Request, Sampled, generate, sample_texts
+from cai_jax.generate import Request, sample_chains, sample_texts
 from cai_jax.records import Journal
 from cai_jax.sampling import record_key_data, record_keys
-from cai_jax.score import hidden_states, row_batch, target_logprobs
 from cai_jax.sharding import put_batch
+from cai_jax.slots import generate
 from cai_jax.workdir import InputError, Stopped
 
-P, R = 16, 12
-LENGTHS = (16, 1, 7, 12, 16, 3, 0, 9)  # full rows, short ones, and one row of padding
-NO_STOP, STOP = (-1,) * 8, (5, 20, 33, 41, 58, 66, 79, 90)  # eight ends, so that many rows end and some do not
-T = 0.7
-
-
-def run(mesh, tokens, lengths, greedy=False, stop=NO_STOP, seed=0, names="abcdefgh", params=None) -> Sampled:
-    """The engine's output as NumPy arrays. One program per mesh, greediness and width."""
-    addresses = np.stack([record_key_data("test", n) for n in names])
-    with jax.set_mesh(mesh):
-        b = put_batch({"tokens": tokens, "lengths": lengths, "addresses": addresses}, mesh)
-        keys, ends = record_keys(jax.random.key(seed), b["addresses"]), jnp.array(stop, jnp.int32)
-        params = params or tiny.on(mesh)
-        out = generate(tiny.net(), params, b["tokens"], b["lengths"], keys, ends, jnp.float32(T), max_new=R, greedy=greedy)
-    return Sampled(*map(np.asarray, jax.device_get(out)))
-
-
-def sample(mesh, lengths=LENGTHS, width=P, pad=tiny.PAD, **options) -> Sampled:
-    """Continuations of random prompts."""
-    tokens, lengths = tiny.rows(lengths, P, pad=pad)
-    return run(mesh, np.pad(tokens, ((0, 0), (0, width - P)), constant_values=pad), lengths, **options)
-
-
-def joined(out: Sampled, lengths=LENGTHS, pad=tiny.PAD):
-    """Prompt and response contiguous: [B, P + R], and the lengths."""
-    prompts, lengths = tiny.rows(lengths, P, pad=pad)
-    whole = np.zeros((len(lengths), P + R), np.int32)
-    for i, n in enumerate(lengths):
-        whole[i, : n + R] = np.concatenate([prompts[i, :n], out.tokens_BR[i]])
-    return whole, lengths + out.lengths_B
-
-
-def teacher_forced(out: Sampled, lengths=LENGTHS):
-    """Logits [B, R, V] that predict each response token, by one plain forward pass on one device."""
-    whole, ends = joined(out, lengths)
-    logits = np.asarray(tiny.logits(tiny.net(), tiny.params(), whole, ends))
-    at = np.maximum(np.array(lengths), 1)[:, None] - 1 + np.arange(R)[None]
-    return np.take_along_axis(logits, at[:, :, None], axis=1)
-
-
-def inside(out: Sampled):
-    return np.arange(R)[None] < out.lengths_B[:, None]
-
-
-@pytest.fixture(params=["one device", "eight devices"])
-def mesh(request, mesh1, mesh8):
-    return mesh1 if request.param == "one device" else mesh8
-
-
-def test_lesson_08_greedy_equals_teacher_forced_argmax(mesh):
-    out = sample(mesh, greedy=True)
-    assert out.lengths_B.tolist() == [0 if n == 0 else R for n in LENGTHS]
-    wanted = teacher_forced(out).argmax(axis=-1)
-    np.testing.assert_array_equal(out.tokens_BR[inside(out)], wanted[inside(out)])
-    assert len(np.unique(out.tokens_BR)) > 15  # a model that repeats one token would prove nothing
-
-
-def test_lesson_02_and_03_sampler_logprobs_are_the_scorers_at_the_same_temperature(mesh):
-    """At a temperature of 0.7, on rows with and without padding, inside the prompt's padding and behind the end."""
-    out = sample(mesh)
-    whole, ends = joined(out)
-
-    @jax.jit
-    def score(params, tokens_BT, lengths_B):
-        hidden = hidden_states(tiny.net(), params, row_batch(tokens_BT, lengths_B))
-        return target_logprobs(tiny.net(), params, hidden[:, :-1], tokens_BT[:, 1:], T)[0]
-
-    scored = np.asarray(score(tiny.params(), whole, ends))
-    for i, n in enumerate(LENGTHS):
-        if n:
-            np.testing.assert_allclose(out.logp_BR[i], scored[i, n - 1 : n - 1 + R], atol=2e-5)
-    by_hand = tiny.log_softmax(teacher_forced(out) / T)
-    by_hand = np.take_along_axis(by_hand, out.tokens_BR[:, :, None], axis=-1)[:, :, 0]
-    np.testing.assert_allclose(out.logp_BR[inside(out)], by_hand[inside(out)], atol=2e-5)
-    assert out.logp_BR[inside(out)].min() < -2  # not only the likeliest tokens were drawn
-
-
-def test_eight_devices_sample_what_one_device_samples(mesh1, mesh8):
-    for greedy, stop in ((True, NO_STOP), (False, NO_STOP), (False, STOP)):
-        a, b = sample(mesh1, greedy=greedy, stop=stop), sample(mesh8, greedy=greedy, stop=stop)
-        for name in ("tokens_BR", "lengths_B", "finished_B"):
-            np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
-        np.testing.assert_allclose(a.logp_BR, b.logp_BR, atol=1e-5)
-
-
-def test_lesson_04_the_end_is_inside_the_length_has_a_logprob_and_nothing_follows(mesh):
-    free, out = sample(mesh), sample(mesh, stop=STOP)
-    real = np.array(LENGTHS) > 0
-    ended = real & out.finished_B
-    assert ended.sum() >= 2 and (~out.finished_B).sum() >= 2
-    for i in np.flatnonzero(real):
-        n, tokens = out.lengths_B[i], out.tokens_BR[i]
-        assert bool(np.isin(tokens[n - 1], STOP)) == out.finished_B[i]
-        assert not np.isin(tokens[: n - 1], STOP).any()
-        assert out.finished_B[i] or n == R
-        assert (tokens[n:] == 0).all() and (out.logp_BR[i, n:] == 0).all()
-        assert (out.logp_BR[i, :n] < 0).all()
-        np.testing.assert_array_equal(tokens[:n], free.tokens_BR[i, :n])  # ends cut, they do not change what came before
-
-
-def test_an_end_in_the_last_place_is_finished_and_a_full_row_without_one_is_not(mesh1):
-    free = sample(mesh1, greedy=True)
-    i = next(i for i, n in enumerate(LENGTHS) if n and free.tokens_BR[i, -1] not in free.tokens_BR[i, :-1])
-    out = sample(mesh1, greedy=True, stop=(int(free.tokens_BR[i, -1]),) + NO_STOP[1:])
-    assert out.finished_B[i] and out.lengths_B[i] == R
-    assert not free.finished_B[i] and free.lengths_B[i] == R
-
-
-def test_lesson_05_rows_of_length_zero_yield_nothing(mesh):
-    empty = LENGTHS.index(0)
-    for out in (sample(mesh), sample(mesh, stop=STOP)):
-        assert out.lengths_B[empty] == 0
-        assert (out.tokens_BR[empty] == 0).all() and (out.logp_BR[empty] == 0).all()
-
-
-def test_lesson_05_an_end_at_once_leaves_one_token(mesh1):
-    free = sample(mesh1, greedy=True)
-    first = np.unique(free.tokens_BR[:, 0])[:8].tolist()
-    out = sample(mesh1, greedy=True, stop=tuple((first + [-1] * 8)[:8]))
-    once = np.isin(free.tokens_BR[:, 0], first) & (np.array(LENGTHS) > 0)
-    assert once.sum() >= 3 and (out.lengths_B[once] == 1).all() and out.finished_B[once].all()
-    np.testing.assert_array_equal(out.tokens_BR[once, 0], free.tokens_BR[once, 0])
-
-
-def test_lesson_05_the_pad_id_in_a_prompt_is_a_token_like_any_other(mesh1):
-    """Rows that end in pad ids inside their length, with the end's id equal to the pad id as well."""
-    tokens = np.zeros((8, P), np.int32)  # 0 is the pad id
-    tokens[:, 0], tokens[4:, 1], tokens[2:, 3] = 7, 9, tiny.PAD
-    lengths = np.array([4, 1, 4, 5, 6, 16, 2, 3], np.int32)
-    out = run(mesh1, tokens, lengths, greedy=True, stop=(tiny.PAD,) + NO_STOP[1:])
-    assert (out.lengths_B >= 1).all()
-    whole = np.zeros((8, P + R), np.int32)
-    for i, n in enumerate(lengths):
-        whole[i, : n + R] = np.concatenate([tokens[i, :n], out.tokens_BR[i]])
-    logits = np.asarray(tiny.logits(tiny.net(), tiny.params(), whole, lengths + out.lengths_B))
-    wanted = np.take_along_axis(logits, (lengths[:, None] - 1 + np.arange(R)[None])[:, :, None], axis=1).argmax(axis=-1)
-    np.testing.assert_array_equal(out.tokens_BR[inside(out)], wanted[inside(out)])
-    assert (out.tokens_BR[0] != out.tokens_BR[1]).any()  # [7, 0, 0, 0] is not [7]
-
-
-def test_padding_of_prompts_is_never_seen(mesh1):
-    """Another width and other ids behind the prompts: the same tokens and the same log-probs."""
-    a, b, c = sample(mesh1), sample(mesh1, pad=77), sample(mesh1, width=24)
-    assert tiny.same_bits(a, b)
-    np.testing.assert_array_equal(a.tokens_BR, c.tokens_BR)
-    np.testing.assert_allclose(a.logp_BR, c.logp_BR, atol=1e-5)
-
-
-def test_lesson_07_noise_has_an_address(mesh1):
-    """The same in a second run; another for another seed, record and step."""
-    a = sample(mesh1)
-    assert tiny.same_bits(a, sample(mesh1))
-    seed, names = sample(mesh1, seed=1), sample(mesh1, names="abcdefgX")
-    assert (a.tokens_BR[0] != seed.tokens_BR[0]).any()
-    np.testing.assert_array_equal(a.tokens_BR[:7], names.tokens_BR[:7])
-    assert (a.tokens_BR[7] != names.tokens_BR[7]).any()
-    alike = sample(mesh1, names="aaaaaaaa", lengths=(5,) * 8)  # the prompts differ, the noise does not
-    assert len({tuple(row) for row in alike.tokens_BR}) == 8
-
-
-def test_noise_differs_from_step_to_step(mesh1):
-    """A model whose every prediction is the same: with one noise for all steps, all tokens would be the same."""
-    flat = jax.tree.map(jnp.zeros_like, tiny.on(mesh1))
-    out = run(mesh1, *tiny.rows((4,) * 8, P), params=flat)
-    assert all(len(set(row.tolist())) > 6 for row in out.tokens_BR)
-    np.testing.assert_allclose(out.logp_BR, -np.log(98), rtol=1e-5)
-
-
-# --- Texts ------------------------------------------------------------------------------------------------------------
 LONG = ["z" * 33, "A longer question, in the next bucket", "One more of the long: " + "w" * 20]
 CONTEXTS = ["Hi", "Who is there?", "x" * 31, "y" * 32, *LONG]
 REQUESTS = [Request(f"record-{i}/{turn}", f"{c} {turn}") for i, c in enumerate(CONTEXTS) for turn in (0, 1)]
@@ -207,8 +38,7 @@ def texts(mesh, folder, requests=REQUESTS, batch_size=8, sampling=SAMPLING, seed
     """-> {key: record} of the requests, sampled with a journal in `folder`/`stage`."""
     with jax.set_mesh(mesh), journal_in(folder / stage) as journal:
         out = sample_texts(tiny.lm(mesh), requests, replace(sampling, batch_size=batch_size), seed, journal, mesh)
-    assert [r["key"] for r in out] == [r.key for r in requests]
-    return {r["key"]: r for r in out}
+    return {r.key: said for r, said in zip(requests, out, strict=True)}
 
 
 @pytest.fixture(scope="module")
@@ -231,24 +61,24 @@ def test_sampled_texts_are_those_of_the_engine(whole, mesh1):
     with jax.set_mesh(mesh1):
         b = put_batch({"t": tokens, "l": lengths, "a": addresses}, mesh1)
         keys, ends = record_keys(jax.random.key(0), b["a"]), jnp.array([tiny.END], jnp.int32)
-        options = {"max_new": 8, "top_p": 1.0, "greedy": False}  # as sample_texts gives them, so that its program is shared
-        out = generate(tiny.net(), tiny.on(mesh1), b["t"], b["l"], keys, ends, jnp.float32(1.0), **options)
+        out = generate(tiny.net(), tiny.on(mesh1), b["t"], b["l"], keys, ends, jnp.float32(1.0), max_new=8)
     sampled = out.tokens_BR[5, : out.lengths_B[5]].tolist()
     record = records[request.key]
     assert (record["text"], record["tokens"]) == (tiny.tokenizer().decode(sampled).strip(), len(sampled))
     assert record["finished"] == bool(out.finished_B[5])
 
 
-@pytest.mark.parametrize("lines, cut", [(0, 9), (5, 0), (9, 25), (13, 40)])
+@pytest.mark.parametrize("lines, cut", [(0, 9), (3, 0), (6, 25), (8, 40)])
 def test_lesson_12_killed_and_resumed_with_another_batch_size_gives_the_same_records(whole, mesh1, tmp_path, lines, cut):
     """Killed after some records, in the middle of writing the next; resumed in another order and in batches of another size."""
     folder, wanted = whole
     written = (folder / "critique" / "journal.jsonl").read_bytes().splitlines(keepends=True)
-    assert len(written) == len(REQUESTS)
+    assert len(written) == len(REQUESTS) - 5  # texts with much in common share a chain
     journal = tmp_path / "critique" / "journal.jsonl"
     journal.parent.mkdir()
     journal.write_bytes(b"".join(written[:lines]) + written[lines][:cut])
-    assert texts(mesh1, tmp_path, REQUESTS[::-1], batch_size=4) == wanted
+    backwards = [r for i in range(len(REQUESTS) - 2, -1, -2) for r in REQUESTS[i : i + 2]]
+    assert texts(mesh1, tmp_path, backwards, batch_size=4) == wanted
     again = journal.read_bytes()
     assert again.startswith(b"".join(written[:lines]))  # what was done was not done again
     assert sorted(again.splitlines()) == sorted(line.rstrip(b"\n") for line in written)
@@ -311,15 +141,16 @@ def test_a_text_ends_where_the_model_starts_another_turn(mesh1, tmp_path, monkey
     said = [" Yes.\n\nHuman: and you?", " Never", " No \n"]
     tok = tiny.tokenizer()
 
-    def answer(net, params, tokens_BP, lengths_B, *_, max_new, **__):
-        ids = [tok.encode(said[0])[:max_new], tok.encode(said[1]), [*tok.encode(said[2]), tiny.END]]
-        tokens = np.zeros((8, max_new), np.int32)
+    def answer(net, params, prefix, slots, *_, **__):
+        ids = [tok.encode(said[0])[:24], tok.encode(said[1]), [*tok.encode(said[2]), tiny.END]]
+        tokens = np.zeros((8, 24), np.int32)
         for row, x in zip(tokens, ids, strict=False):
             row[: len(x)] = x
-        return Sampled(tokens, np.array([*map(len, ids), *[0] * 5]), np.arange(8) == 2, np.zeros((8, max_new)))
+        count, done = np.array([*map(len, ids), *[0] * 5]), np.ones(8, bool)
+        return slots._replace(tokens_BR=tokens, count_B=count, done_B=done, finished_B=np.arange(8) == 2)
 
-    monkeypatch.setattr(engine, "generate", answer)
-    out = texts(mesh1, tmp_path, [Request(k, k) for k in "abc"], sampling=Sampling(max_tokens=24))
+    monkeypatch.setattr(engine, "decode", answer)
+    out = texts(mesh1, tmp_path, [Request(k, k) for k in "abc"], sampling=Sampling(max_tokens=24, batch_size=8))
     assert [out[k]["text"] for k in "abc"] == ["Yes.", "Never", "No"]
     assert [out[k]["finished"] for k in "abc"] == [True, False, True]
     assert [out[k]["tokens"] for k in "abc"] == [22, 6, 6]
@@ -337,6 +168,109 @@ def test_a_stop_between_batches_keeps_what_is_done(whole, mesh1, tmp_path, monke
     with pytest.raises(Stopped):
         texts(mesh1, tmp_path)
     with journal_in(tmp_path / "critique") as journal:
-        kept = journal.done
+        kept = {k: said for keys, r in journal.done.items() for k, said in zip(keys.split(), r["result"], strict=True)}
     assert 0 < len(kept) < len(REQUESTS) and kept == {k: wanted[k] for k in kept}
     assert texts(mesh1, tmp_path) == wanted
+
+
+# --- Chains -----------------------------------------------------------------------------------------------------------
+EXAMPLES = "Worked examples stand first. "
+ROOM = Sampling(temperature=1.0, max_tokens=8, batch_size=8)
+
+
+def talk(i: int, alone: dict | None = None, examples=EXAMPLES):
+    """Three texts, each context the one before and what was said; of `alone`, the requests are written down there."""
+    context, said = f"{'q' * (3 * i + 2)}?", []
+    for turn in range(3):
+        start = examples if turn else ""
+        r = Request(f"{i}/{turn}", start + context, [None, 0.7, 0.0][turn])
+        if alone is not None:
+            alone[r.key] = r
+        answer = yield r
+        if answer is None:
+            return "no room"
+        said.append(answer["text"])
+        context += answer["text"] + f" Turn {turn}:"
+    return said
+
+
+def chains(mesh, folder, numbers=range(9), prefix=EXAMPLES, alone=None, sampling=ROOM, **options):
+    """-> (what each chain returned, the counts of the engine)."""
+    counts = []
+
+    class Seen(engine.Pool):
+        def summary(self):
+            counts.append(dict(self.counts))
+            return super().summary()
+
+    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh), journal_in(folder / "critique") as journal:
+        patch.setattr(engine, "Pool", Seen)
+        todo = {str(i): talk(i, alone, **options) for i in numbers}
+        out = sample_chains(tiny.lm(mesh), todo, sampling, 0, journal, mesh, prefix=prefix)
+    return out, counts[0] if counts else {}
+
+
+@pytest.fixture(scope="module")
+def talks(mesh1, tmp_path_factory):
+    alone = {}
+    out, counts = chains(mesh1, tmp_path_factory.mktemp("talks"), alone=alone)
+    return out, counts, alone
+
+
+def test_a_chain_says_what_each_of_its_requests_would_get_alone(talks, mesh1, tmp_path):
+    """Texts that go on from a slot's own cache and from a shared beginning, against texts that read their whole contexts."""
+    out, counts, alone = talks
+    assert list(out) == [str(i) for i in range(9)] and len({x for said in out.values() for x in said}) > 20
+    for turn, heat in ((0, 1.0), (1, 0.7), (2, 0.0)):
+        asked = [r._replace(context=r.context) for r in alone.values() if r.key.endswith(f"/{turn}")]
+        with jax.set_mesh(mesh1), journal_in(tmp_path / str(turn) / "critique") as journal:
+            todo = {r.key: one(r) for r in asked}
+            wanted = sample_chains(tiny.lm(mesh1), todo, replace(ROOM, temperature=heat), 0, journal, mesh1)
+        assert [wanted[f"{i}/{turn}"]["text"] for i in range(9)] == [out[str(i)][turn] for i in range(9)]
+
+
+def one(r: Request):
+    return (yield r)
+
+
+def test_what_is_read_and_what_is_found_in_a_cache_add_up_to_the_contexts(talks):
+    _, counts, alone = talks
+    prefix = len(tiny.tokenizer().prompt(EXAMPLES))
+    total = sum(len(tiny.tokenizer().prompt(r.context)) for r in alone.values())
+    assert counts["texts"] == len(alone) == 27
+    assert counts["read"] - prefix + counts["kept"] + counts["shared"] == total
+    assert counts["shared"] == 18 * prefix  # of the second and third turns
+    # A third turn goes on from its second: of its own context all but " Turn 1:" was read or said there.
+    assert counts["kept"] >= sum(len(alone[f"{i}/1"].context) - len(EXAMPLES) for i in range(9))
+
+
+def test_a_chain_is_the_same_on_few_slots_eight_devices_in_pieces_and_without_the_prefix(
+    talks, mesh1, mesh8, tmp_path, monkeypatch
+):
+    out, counts, _ = talks
+    few, found = chains(mesh1, tmp_path / "a", sampling=replace(ROOM, batch_size=2))
+    assert few == out and found == counts
+    spread, _ = chains(mesh8, tmp_path / "b")
+    assert spread == out
+    apart, found = chains(mesh1, tmp_path / "c", prefix="")
+    assert apart == out and "shared" in found and found["shared"] == 0 and found["read"] > counts["read"]
+    monkeypatch.setattr(engine, "PIECE", 32)
+    pieces, found = chains(mesh1, tmp_path / "d", prefix="")
+    assert pieces == out
+
+
+def test_a_chain_without_room_is_told_so_and_the_others_go_on(talks, mesh1, tmp_path):
+    """The tiny model's context is 128 tokens: with 30 more the examples outgrow it in some turn of some chains."""
+    out, _, _ = talks
+    found, _ = chains(mesh1, tmp_path, prefix="", numbers=range(30), examples=EXAMPLES)
+    assert {i: x for i, x in found.items() if int(i) < 9} == out
+    told = [int(i) for i, x in found.items() if x == "no room"]
+    assert told and min(told) > 9 and told == list(range(min(told), 30))
+
+
+def test_chains_resume_where_a_kill_left_the_journal(talks, mesh1, tmp_path):
+    out, _, _ = talks
+    assert chains(mesh1, tmp_path, numbers=(0, 4, 7))[0] == {i: out[i] for i in ("0", "4", "7")}
+    again, counts = chains(mesh1, tmp_path)
+    assert again == out and counts["texts"] == 18
+    assert chains(mesh1, tmp_path) == (out, {})

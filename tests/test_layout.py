@@ -17,9 +17,10 @@ TIERS = (
     {"checks"},
     {"constitution", "losses", "sampling", "metrics", "optim", "checkpoints", "tokenizer"},
     {"prompts", "models", "figures", "markup"},  # 1
-    {"formats", "sources"},
+    {"formats", "sources", "trees", "stops", "logprobs"},
     {"data"},
-    {"generate", "score"},  # 2
+    {"slots", "pairs"},  # 2
+    {"generate", "score"},
     {"train", "experience"},  # 3
     {"stages", "miniworld", "evaluation"},  # 4: evaluation stands between what stages share and the stages
     {"export"},  # 5

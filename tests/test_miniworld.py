@@ -270,15 +270,19 @@ def test_packed_batches(tok, rules):
     batch, again, other = (documents.packed_batch(WORLD, rules, tok, 5, step, 8, 192) for step in (3, 3, 4))
     assert all(np.array_equal(batch[k], again[k]) for k in batch)
     assert not np.array_equal(batch["tokens"], other["tokens"])
-    segments, positions = batch["segments"], batch["positions"]
-    assert set(batch) == {"tokens", "targets", "weights", "positions", "segments"}
+    ends, positions = batch["ends"], batch["positions"]
+    assert set(batch) == {"tokens", "targets", "weights", "positions", "ends"}
     assert all(v.dtype == (np.float32 if k == "weights" else np.int32) for k, v in batch.items())
-    assert (segments > 0).mean() >= 0.93
-    assert not batch["weights"][segments == 0].any() and (batch["tokens"][segments == 0] == tok.pad_id).all()
+    assert (ends > 0).mean() >= 0.93
+    assert not batch["weights"][ends == 0].any() and (batch["tokens"][ends == 0] == tok.pad_id).all()
     for row in range(8):
-        for segment in range(1, segments[row].max() + 1):
-            (where,) = np.nonzero(segments[row] == segment)
-            assert positions[row, where].tolist() == list(range(len(where))) and np.ptp(where) == len(where) - 1
+        for end in set(ends[row]) - {0}:
+            (where,) = np.nonzero(ends[row] == end)
+            assert (
+                positions[row, where].tolist() == list(range(len(where)))
+                and np.ptp(where) == len(where) - 1
+                and end == where[-1] + 1
+            )
             tokens, targets = batch["tokens"][row, where], batch["targets"][row, where]
             assert targets[-1] == tok.eos_id and tok.eos_id not in tokens
             goes_on = targets != tok.eos_id

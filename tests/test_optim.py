@@ -22,12 +22,12 @@ def batch(rows=8):
     tokens, lengths = tiny.rows([12] * rows, 12)
     positions = np.broadcast_to(np.arange(12, dtype=np.int32), tokens.shape)
     weights = np.ones(tokens.shape, np.float32)
-    segments = np.ones(tokens.shape, np.int32)
+    ends = np.full(tokens.shape, 12, np.int32)
     return {
         "tokens": tokens,
         "targets": np.roll(tokens, -1, 1),
         "positions": positions,
-        "segments": segments,
+        "ends": ends,
         "weights": weights,
     }
 

@@ -8,7 +8,8 @@ import tiny
 
 from cai_jax import prompts, records
 from cai_jax.config import Config, Critique, Data, Evaluate
-from cai_jax.data import encode_comparisons, load_human, load_pool
+from cai_jax.data import load_human, load_pool
+from cai_jax.pairs import encode_comparisons
 from cai_jax.stages import evaluate
 from cai_jax.stages.reward import held_out
 from cai_jax.workdir import InputError
@@ -108,7 +109,7 @@ def test_the_held_out_comparisons_share_no_prompt_with_the_others(tmp_path):
         {"messages": user(f"Why {i % 40}?"), "response_a": "a", "response_b": "b", "p_a": 1.0, "source": "ai"}
         for i in range(90)
     ]
-    prompt = encode_comparisons(tiny.tokenizer(), prompts.TEMPLATES, pairs, 128, records.Drops())["prompt"]
+    prompt = encode_comparisons(tiny.tokenizer(), prompts.TEMPLATES, pairs, 128, records.Drops()).prompt
     assert prompt.tolist() == [i % 40 for i in range(90)]
     held = held_out(prompt, 0.3, 0)
     assert not set(prompt[held]) & set(prompt[~held]) and 10 < held.sum() < 45

@@ -15,11 +15,11 @@ from cai_jax import config, losses, prompts
 from cai_jax.data import pad_rows
 from cai_jax.experience import before_each, join, policy_and_value, ppo_loss, scaled_head, take
 from cai_jax.experience import experience as experience_of
-from cai_jax.generate import Sampled, generate
 from cai_jax.models.heads import apply_head, init_head
 from cai_jax.models.transformer import cast_matrices
 from cai_jax.sampling import record_keys
 from cai_jax.sharding import put, put_batch
+from cai_jax.slots import Sampled, generate
 from cai_jax.stages.ppo import Frozen, PromptPool, again
 
 R = 6

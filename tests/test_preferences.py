@@ -5,15 +5,12 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cai_jax import constitution as constitutions
 from cai_jax import prompts, records
 from cai_jax.config import Config, Data, Model, Preferences
-from cai_jax.data import encode_comparisons
 from cai_jax.stages import preferences, reward
 from cai_jax.workdir import read_json
 
@@ -228,88 +225,7 @@ def test_lesson_17_pairs_that_outgrow_the_judge_are_counted(monkeypatch, thinks)
     assert out == apart  # the others keep their own principles and verdicts
 
 
-# What the reward model reads
-
-END = 0  # of a tokenizer of bytes, where pad and end are one id that texts hold as well
-BYTES = SimpleNamespace(encode=lambda text: list(text.encode()), prompt=lambda x: list(x.encode()), eos_id=END, pad_id=END)
-
-
-def comparison(a, b, p_a, question="Well?"):
-    return {"id": "x", "messages": message(question), "response_a": a, "response_b": b, "p_a": p_a}
-
-
-def encoded(ai, human=(), drops=None):
-    pairs = [r | {"source": "ai"} for r in ai] + [r | {"source": "human"} for r in human]
-    return encode_comparisons(BYTES, prompts.TEMPLATES, pairs, 128, drops or records.Drops())
-
-
-def test_lessons_04_and_05_rows_are_prompt_response_and_end_with_lengths_apart_from_ids():
-    out = encoded([comparison("Yes.", "\x00", 0.73, question="a\x00b?")], [comparison("", "No.", 0.0)])
-    wanted = [["\n\nHuman: a\x00b?\n\nAssistant: Yes.", "\n\nHuman: a\x00b?\n\nAssistant: \x00"]]
-    wanted += [["\n\nHuman: Well?\n\nAssistant: ", "\n\nHuman: Well?\n\nAssistant: No."]]
-    for i in range(2):
-        for side in range(2):
-            row, length = out["tokens"][i, side], out["lengths"][i, side]
-            assert bytes(row[: length - 1].tolist()).decode() == wanted[i][side]
-            assert row[length - 1] == END and not row[length:].any()
-    assert out["tokens"].dtype == out["lengths"].dtype == np.int32 and out["tokens"].shape == (2, 2, 32)
-    np.testing.assert_array_equal(out["p_a"], np.float32([0.73, 0.0]))  # lesson 1: a label keeps its fraction
-    assert out["human"].tolist() == [0, 1]
-
-
-def test_lesson_17_comparisons_too_long_are_counted_whole():
-    drops = records.Drops()
-    out = encoded([comparison("Yes.", "n" * 120, 0.2), comparison("a", "b", 0.9)], [comparison("y" * 200, "No.", 1.0)], drops)
-    assert out["tokens"].shape[:2] == (1, 2) and out["p_a"].tolist() == [np.float32(0.9)]
-    assert drops.counts(3, 1)["dropped"] == {"longer than 128 tokens": 2}
-
-
-def total(net, params, tokens_BT, lengths_B):
-    """In the place of the reward model: the sum of a row's ids within its length, small."""
-    inside = jnp.arange(tokens_BT.shape[1])[None] < lengths_B[:, None]
-    return params * jnp.where(inside, tokens_BT, 0).sum(axis=1).astype(jnp.float32)
-
-
-SCALE = np.float32(1e-3)
-
-
-def some(count, seed=0):
-    rng = np.random.default_rng(seed)
-    tokens, lengths = rng.integers(0, 200, (count, 2, 16), np.int32), rng.integers(1, 17, (count, 2), np.int32)
-    p_a, human = rng.uniform(size=count), np.arange(count) % 3 == 0
-    return {"tokens": tokens, "lengths": lengths, "p_a": p_a.astype(np.float32), "human": human.astype(np.float32)}
-
-
-def scores_of(arrays):
-    inside = np.arange(16)[None, None] < arrays["lengths"][:, :, None]
-    return 1e-3 * (arrays["tokens"] * inside).sum(axis=2)
-
-
-def test_lesson_24_the_loss_of_a_padded_batch_is_that_of_its_real_rows(monkeypatch):
-    monkeypatch.setattr(reward, "reward_scores", total)
-    arrays = some(5)
-    margin = scores_of(arrays)[:, 0] - scores_of(arrays)[:, 1]
-    p = arrays["p_a"].astype(np.float64)
-    wanted = np.mean(p * np.log1p(np.exp(-margin)) + (1 - p) * np.log1p(np.exp(margin)))
-    padded = {k: np.concatenate([v, np.full((3, *v.shape[1:]), 7, v.dtype)]) for k, v in arrays.items()}
-    loss_fn = jax.jit(reward.reward_loss(None))
-    loss, metrics = loss_fn(SCALE, padded | {"row_mask": np.float32([1] * 5 + [0] * 3)}, None)
-    assert float(loss) == pytest.approx(wanted, rel=1e-4)
-    assert float(metrics["accuracy"]) == pytest.approx(np.mean((margin > 0) == (p > 0.5)))
-
-
-@pytest.mark.parametrize("batch_size", [2, 4, 16])
-def test_lesson_23_and_24_evaluation_scores_every_row_once_whatever_the_batch(monkeypatch, mesh1, batch_size):
-    monkeypatch.setattr(reward, "reward_scores", total)
-    arrays, held = some(7), np.array([1, 1, 0, 1, 0, 1, 1], bool)
-    out = reward.evaluate(None, SCALE, arrays, held, batch_size, mesh1)
-    scores, human = scores_of(arrays), arrays["human"] > 0
-    assert out["scale"]["mean"] == pytest.approx(scores[~human].mean(), rel=1e-5)
-    assert out["scale"]["std"] == pytest.approx(scores[~human].std(), rel=1e-5)
-    p_model = sigmoid(scores[:, 0] - scores[:, 1])
-    for name, rows in (("ai", held & ~human), ("human", held & human)):
-        assert out[name]["n"] == rows.sum() > 0
-        assert out[name]["accuracy"] == pytest.approx(np.mean((p_model > 0.5)[rows] == (arrays["p_a"] > 0.5)[rows]))
+BYTES = SimpleNamespace(encode=lambda text: list(text.encode()), prompt=lambda x: list(x.encode()), eos_id=0, pad_id=0)
 
 
 # Agreement

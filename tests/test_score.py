@@ -10,7 +10,7 @@ from cai_jax import score
 from cai_jax.data import bucket, pad_rows
 from cai_jax.models.heads import apply_head, init_head
 from cai_jax.models.transformer import REMAT
-from cai_jax.score import averaged_preference, hidden_states, option_logprobs, row_batch, row_logprobs, target_logprobs
+from cai_jax.score import averaged_preference, hidden_states, option_logprobs, row_batch, target_logprobs
 from cai_jax.sharding import put, put_batch
 from cai_jax.train import language_model_loss
 from cai_jax.workdir import InputError
@@ -66,16 +66,6 @@ def test_no_array_over_batch_tokens_and_vocabulary_exists_forward_or_backward(re
     assert (B, T, 98) in large(jax.make_jaxpr(jax.grad(naive))(params).jaxpr, chunk + 1)  # where there is one, it is seen
 
 
-def test_row_logprobs_sum_from_the_given_token_to_the_end_of_the_row():
-    tokens, lengths = tiny.rows([9, 5, 16, 1, 0], 16, seed=1)
-    start = np.array([4, 1, 15, 1, 0], np.int32)
-    logp = tiny.log_softmax(tiny.logits(tiny.net(), tiny.params(), tokens, lengths))
-    wanted = [sum(logp[b, t - 1, tokens[b, t]] for t in range(max(start[b], 1), lengths[b])) for b in range(5)]
-    assert wanted[3] == 0  # a row of one token has nothing to predict
-    found = row_logprobs(tiny.net(), tiny.params(), tokens, lengths, start)
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
-
-
 # --- Options ----------------------------------------------------------------------------------------------------------
 CONTEXTS = ["Q:", "Which is better? The answer is:", "x" * 29, "y" * 40, "Really?", "z" * 33, "a b c", "Hm"]
 LETTERS, WHOLE = ("A", "B"), (" (A)", " (B) or so")  # one token each; four and ten
@@ -106,15 +96,25 @@ def test_option_logprobs_equal_plain_forward_passes(mesh1, names):
     assert (np.ptp(found, axis=0) > 0.5).all()
 
 
-def test_options_of_one_token_are_scored_alike_on_both_paths(mesh1, monkeypatch):
-    """Beside a longer option, the same letters go through rows of their own."""
-    passes = []
-    for name in ("next_token_logprobs", "row_logprobs"):
-        f = getattr(score, name)
-        monkeypatch.setattr(score, name, lambda *args, f=f, name=name: (passes.append(name), f(*args))[1])
-    alone, beside = options(mesh1), options(mesh1, options=(*LETTERS, WHOLE[0]))
-    assert set(passes) == {"next_token_logprobs", "row_logprobs"}
-    np.testing.assert_allclose(alone, beside[:, :2], rtol=1e-5, atol=2e-5)
+@pytest.mark.parametrize("limit", [1, 40, 1024])
+def test_options_of_contexts_with_much_in_common_are_those_of_each_alone(mesh1, mesh8, monkeypatch, limit):
+    """Worked examples before all, a conversation before four, then two orders of each: in small trees and large ones, on one
+    device and on eight."""
+    monkeypatch.setattr(score, "TREE", limit)
+    asked = [
+        f"Examples of what is better. {c}, {q}? {o}:" for c in ("Hi", "Who is it") for q in "xy" for o in ("a b", "b a", "a b")
+    ]
+    wanted = by_hand(asked, WHOLE)
+    for mesh in (mesh1, mesh8):
+        np.testing.assert_allclose(options(mesh, asked, options=WHOLE), wanted, rtol=1e-5, atol=2e-5)
+    assert len(np.unique(wanted.round(4))) == 16  # of 24: the third order is the first
+
+
+def test_what_contexts_share_is_read_once(mesh1, capsys):
+    """The tokens read, counted by hand: both options begin with " (", which is read, their letters differ, ")" is not read."""
+    asked = [f"{'e' * 20}{order}:" for order in ("ab", "ba")]
+    options(mesh1, asked, options=(" (A)", " (B)"))
+    assert "4 options: 34 tokens read of 104" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("names", [LETTERS, WHOLE], ids=["one token", "whole strings"])

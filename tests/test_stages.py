@@ -211,7 +211,7 @@ def several(tmp_path_factory):
 @pytest.mark.parametrize(
     "stage, name, role, take",
     [
-        ("critique", "sample_texts", "base", lambda lm, asked, *_: (lm.tok, asked[0].context)),
+        ("critique", "sample_chains", "base", lambda lm, chains, *_: (lm.tok, next(next(iter(chains.values()))).context)),
         ("sft", "pack", "policy", lambda examples, *_: (None, examples[0][0])),
         ("preferences", "sample_texts", "policy", lambda lm, asked, *_: (lm.tok, asked[0].context)),
         ("preferences", "judge", "judge", lambda cfg, lm, constitution, *_: (lm.tok, constitution.templates["user"])),

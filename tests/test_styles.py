@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from cai_jax import checkpoints, prompts, records, sources, stages
 from cai_jax import export as exports
 from cai_jax.config import Config, Model
-from cai_jax.data import encode_comparisons
 from cai_jax.models import hf
 from cai_jax.models.heads import init_head
+from cai_jax.pairs import encode_comparisons
 from cai_jax.score import reward_scores
 from cai_jax.sharding import put
 from cai_jax.workdir import finish
@@ -71,7 +71,7 @@ def test_lesson_18_transcripts_survive_every_tokenizer(run, tmp_path):
     out = encode_comparisons(tok, templates, [r | {"source": "human"} for r in found], 512, records.Drops())
     for i, pair in enumerate(PAIRS):
         for side in range(2):
-            ids = out["tokens"][i, side][: out["lengths"][i, side]].tolist()
+            ids = [out.trees[i].tokens[place] for place in out.trees[i].texts[side][1]]
             assert ids[: len(tok.start)] == list(tok.start) and ids[-1] == tok.eos_id
             assert tok.decode(ids).rstrip() == pair[side].rstrip()
-            assert out["starts"][i] == len(tok.prompt(prompts.dialogue(found[i]["messages"], templates)))
+            assert out.starts[i] == len(tok.prompt(prompts.dialogue(found[i]["messages"], templates)))

@@ -79,8 +79,8 @@ def plain(params, b, noise):
     net = tiny.net()
 
     def loss(params):
-        mask = (b["segments"][:, :, None] == b["segments"][:, None]) & np.tril(np.ones((16, 16), bool))[None]
-        hidden, _ = net.apply({"params": params}, b["tokens"], b["positions"], mask)
+        mask = (b["ends"][:, :, None] == b["ends"][:, None]) & np.tril(np.ones((16, 16), bool))[None]
+        hidden, _ = net.apply({"params": params}, b["tokens"], b["positions"], mask, b["positions"], method="run")
         logp_BTV = jax.nn.log_softmax(net.apply({"params": params}, hidden, method="logits"), axis=-1)
         logp = jnp.take_along_axis(logp_BTV, b["targets"][:, :, None], axis=-1)[:, :, 0]
         entropy = -jnp.sum(jnp.exp(logp_BTV) * logp_BTV, axis=-1)

@@ -11,8 +11,9 @@ import tiny
 from jax.sharding import PartitionSpec as P
 
 from cai_jax.data import pack
-from cai_jax.models.attention import Rope, attend, causal_mask, rope_turns, rotate
-from cai_jax.models.transformer import REMAT, init_cache, init_params, unstack
+from cai_jax.models.attention import Rope, attend, packed_mask, rope_turns, rotate
+from cai_jax.models.cache import Cache, empty
+from cai_jax.models.transformer import REMAT, init_params, unstack
 from cai_jax.records import Drops
 from cai_jax.score import hidden_states, row_batch
 from cai_jax.sharding import put_batch
@@ -20,7 +21,7 @@ from cai_jax.sharding import put_batch
 PACKED = {  # one row: five tokens, four tokens, three of padding; no token stands twice
     "tokens": np.arange(2, 14)[None].astype(np.int32),
     "positions": np.array([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 0, 0]], np.int32),
-    "segments": np.array([[1, 1, 1, 1, 1, 2, 2, 2, 2, 0, 0, 0]], np.int32),
+    "ends": np.array([[5, 5, 5, 5, 5, 9, 9, 9, 9, 0, 0, 0]], np.int32),
 }
 
 
@@ -36,15 +37,15 @@ def test_causality_by_gradient(unrolled):
 
     grads_TVD = jax.jit(jax.vmap(jax.grad(felt), in_axes=(None, 0)))(params["embed"]["embedding"], jnp.arange(12))
     influence_TT = np.abs(np.asarray(grads_TVD)).max(axis=-1)[:, batch["tokens"][0]]
-    segment = batch["segments"][0]
-    allowed = (segment[:, None] == segment[None]) & (np.arange(12)[:, None] >= np.arange(12)[None])
-    real = segment > 0
+    end = batch["ends"][0]
+    allowed = (end[:, None] == end[None]) & (np.arange(12)[:, None] >= np.arange(12)[None])
+    real = end > 0
     assert (influence_TT[real][:, :][~allowed[real]] == 0).all()
     assert (influence_TT[real][allowed[real]] > 1e-6).all()
 
 
 def test_the_mask_of_packed_rows():
-    mask = np.asarray(causal_mask(jnp.array([[1, 1, 2, 0]])))[0]
+    mask = np.asarray(packed_mask(jnp.array([[2, 2, 3, 0]])))[0]
     np.testing.assert_array_equal(mask, [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]])
 
 
@@ -73,8 +74,9 @@ def test_rope_makes_attention_a_function_of_the_distance():
 
 def test_lesson_25_grouped_query_attention_is_the_explicit_loop():
     rng = np.random.default_rng(2)
-    B, T, S, N, K, H = 2, 3, 5, 6, 2, 4
-    q, k, v = (rng.normal(size=s).astype(np.float32) for s in ((B, T, N, H), (B, S, K, H), (B, S, K, H)))
+    B, T, S, P, N, K, H = 2, 3, 5, 2, 6, 2, 4  # the first P of what is attended to are the same for all rows
+    q, k, v = (rng.normal(size=s).astype(np.float32) for s in ((B, T, N, H), (B, K, S, H), (B, K, S, H)))
+    k[1, :, :P], v[1, :, :P] = k[0, :, :P], v[0, :, :P]
     mask = rng.random((B, T, S)) < 0.6
     mask[:, :, 0] = True
     wanted = np.zeros((B, T, N, H))
@@ -83,17 +85,19 @@ def test_lesson_25_grouped_query_attention_is_the_explicit_loop():
             for n in range(N):
                 group = n // (N // K)
                 seen = np.flatnonzero(mask[b, t])
-                scores = np.array([q[b, t, n] @ k[b, s, group] / H**0.5 for s in seen], np.float64)
+                scores = np.array([q[b, t, n] @ k[b, group, s] / H**0.5 for s in seen], np.float64)
                 weights = np.exp(scores - scores.max())
-                wanted[b, t, n] = sum(w * v[b, s, group] for w, s in zip(weights / weights.sum(), seen, strict=True))
-    np.testing.assert_allclose(attend(q, k, v, mask), wanted, atol=1e-6)
+                wanted[b, t, n] = sum(w * v[b, group, s] for w, s in zip(weights / weights.sum(), seen, strict=True))
+    np.testing.assert_allclose(attend(q, [{"k": k, "v": v}], mask), wanted, atol=1e-6)
+    parts = [{"k": k[0, :, :P], "v": v[0, :, :P]}, {"k": k[:, :, P:], "v": v[:, :, P:]}]
+    np.testing.assert_allclose(attend(q, parts, mask), wanted, atol=1e-6)
 
 
 def test_packed_rows_equal_separate_rows():
     rng = np.random.default_rng(3)
     texts = [rng.integers(2, 98, n).tolist() for n in (9, 5, 7)]
     batch = {k: v for k, v in pack([(ids, 1) for ids in texts], 24, Drops()).items() if k in PACKED}
-    assert batch["tokens"].shape == (1, 24) and batch["segments"].max() == 3
+    assert batch["tokens"].shape == (1, 24) and set(batch["ends"][0]) == {9, 14, 21, 0}
     hidden = jax.jit(hidden_states, static_argnums=0)
     together = np.asarray(hidden(tiny.net(), tiny.params(), batch))[0]
     rows = np.zeros((3, 24), np.int32)
@@ -169,27 +173,38 @@ def test_the_gradient_of_unstacking_is_no_sum_of_stacks():
 
 
 def test_lesson_25_decoding_with_a_cache_equals_the_full_forward_at_every_position():
-    """Five tokens at once, then one by one; the slots behind the row are of no matter."""
+    """Five tokens at once, then one by one, with a prefix and without; the slots behind the row are of no matter, nor what
+    stands behind the prefix's part that a row begins with."""
     T, S, first = 12, 16, 5
     tokens, lengths = tiny.rows([T, T], T, seed=4)
     full = np.asarray(tiny.logits(tiny.net(), tiny.params(), tokens, lengths))
     net, params = tiny.net(unrolled=True), unstack(jax.tree.map(jnp.asarray, tiny.params()), 2)
-    cache = jax.tree.map(lambda x: x + 1e4, init_cache(tiny.CFG, 2, S, jnp.float32))
+    junk = jax.tree.map(lambda x: x + 1e4, empty(tiny.CFG, 2, S, jnp.float32))
 
     @jax.jit
-    def step(tokens_BT, cache, index):
-        at_1T = index + jnp.arange(tokens_BT.shape[1])[None]
-        mask_BTS = jnp.broadcast_to(jnp.arange(S)[None, None] <= at_1T[:, :, None], (2, tokens_BT.shape[1], S))
-        positions_BT = jnp.broadcast_to(at_1T, tokens_BT.shape)
-        x, cache = net.apply({"params": params}, tokens_BT, positions_BT, mask_BTS, cache, index)
-        return net.apply({"params": params}, x, method="logits"), cache
+    def step(tokens_BT, cache):
+        x, layers = net.apply({"params": params}, tokens_BT, cache, method="extend")
+        filled_B = cache.filled_B + tokens_BT.shape[1]
+        return net.apply({"params": params}, x, method="logits"), cache._replace(layers=layers, filled_B=filled_B)
 
-    out, cache = step(tokens[:, :first], cache, 0)
-    pieces = [out]
-    for t in range(first, T):
-        out, cache = step(tokens[:, t : t + 1], cache, t)
-        pieces.append(out)
-    np.testing.assert_allclose(np.concatenate(pieces, axis=1), full, atol=2e-5)
+    def decoded(tokens_BT, cache):
+        out, cache = step(tokens_BT[:, :first], cache)
+        pieces = [out]
+        for t in range(first, tokens_BT.shape[1]):
+            out, cache = step(tokens_BT[:, t : t + 1], cache)
+            pieces.append(out)
+        return np.concatenate(pieces, axis=1), cache
+
+    none = jnp.zeros(2, jnp.int32)
+    out, cache = decoded(tokens, Cache(junk, none, none))
+    np.testing.assert_allclose(out, full, atol=2e-5)
+    prefix = jax.tree.map(
+        lambda x: x[0], cache.layers
+    )  # row 0's; row 1 begins with none of it, then row 0 with 4 of its tokens
+    other = np.concatenate([tokens[:1, 4:], tokens[1:, : T - 4]])
+    out, _ = decoded(other, Cache(junk, none, jnp.array([4, 0]), prefix))
+    np.testing.assert_allclose(out[0], full[0, 4:], atol=2e-5)
+    np.testing.assert_allclose(out[1], full[1, : T - 4], atol=2e-5)
 
 
 def test_padding_is_never_seen():

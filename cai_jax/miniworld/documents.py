@@ -228,8 +228,8 @@ def encoded(pieces: list[Piece], tok) -> tuple[np.ndarray, np.ndarray, np.ndarra
 def packed_batch(world: World, constitution: Constitution, tok, seed: int, step: int, rows: int, length: int) -> dict:
     """A packed batch, a pure function of its arguments: no document is split, rows are filled to 93 % and more.
 
-    Returns tokens, targets, positions, segments (int32) and weights (float32), each [rows, length].
-    Segments count a row's documents from 1, 0 is padding; positions restart with each document.
+    Returns tokens, targets, positions, ends (int32) and weights (float32), each [rows, length].
+    `ends` is the place behind a token's document, 0 for padding; positions restart with each document.
 
     Raises:
       ValueError: a document longer than `length`.
@@ -260,15 +260,15 @@ def packed_batch(world: World, constitution: Constitution, tok, seed: int, step:
 
 
 def _stacked(bins, rows: int, length: int, pad: int) -> dict:
-    names = ("tokens", "targets", "weights", "positions", "segments")
+    names = ("tokens", "targets", "weights", "positions", "ends")
     batch = {n: np.zeros((rows, length), np.float32 if n == "weights" else np.int32) for n in names}
     batch["tokens"][:] = batch["targets"][:] = pad
     for row, docs in enumerate(bins):
         start = 0
-        for segment, (tokens, targets, weights) in enumerate(docs, 1):
-            span = slice(start, start + len(tokens))
-            columns = (tokens, targets, weights, np.arange(len(tokens)), segment)
+        for tokens, targets, weights in docs:
+            end = start + len(tokens)
+            columns = (tokens, targets, weights, np.arange(len(tokens)), end)
             for name, values in zip(names, columns, strict=True):
-                batch[name][row, span] = values
-            start += len(tokens)
+                batch[name][row, start:end] = values
+            start = end
     return batch

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -16,11 +17,15 @@ class Rope:
     bands: tuple[float, float, float] | None = None  # low and high frequency factor, original context in tokens
 
 
-def causal_mask(segments_BT):
-    """Which tokens attend to which in packed rows: own segment, not later; segment 0 is padding. -> bool [B, T, T]."""
-    T = segments_BT.shape[1]
-    same_BTS = (segments_BT[:, :, None] == segments_BT[:, None, :]) & (segments_BT[:, :, None] > 0)
-    return same_BTS & jnp.tril(jnp.ones((1, T, T), bool))
+def packed_mask(ends_BT):
+    """Which tokens attend to which in a row that holds several texts. -> bool [B, T, S].
+
+    `ends`: for every token the place behind the last one that sees it, 0 for padding. Texts that stand one after another each
+    end where the next begins; texts with a common beginning stand as a tree in depth-first order, where a token is seen by
+    what descends from it (see data.plant).
+    """
+    at_T = jnp.arange(ends_BT.shape[1])
+    return (at_T[None, None, :] <= at_T[None, :, None]) & (at_T[None, :, None] < ends_BT[:, None, :])
 
 
 def rope_rates(rope: Rope, head_dim: int):
@@ -55,12 +60,23 @@ def soft_cap(x, cap: float):
     return cap * jnp.tanh(x / cap) if cap else x
 
 
-def attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale: float = 0.0, cap: float = 0.0):
-    """Reference attention; softmax in float32. Heads N share keys and values in groups of N / K."""
+def attend(q_BTNH, parts, mask_BTS, scale: float = 0.0, cap: float = 0.0):
+    """Reference attention; softmax in float32. Heads N share keys and values in groups of N / K.
+
+    parts: the keys and values seen, {"k", "v"} [B, K, s, H] each, or [K, s, H] where all rows see the same ones: those are
+    read once for all rows. S counts the parts' slots s in their order.
+    """
     B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
+    K = parts[0]["k"].shape[-3]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * (scale or H**-0.5)
+    own = ["b" * (part["k"].ndim == 4) for part in parts]  # one letter less where the rows share
+
+    def score(part, b):
+        return jnp.einsum(f"btkgh,{b}ksh->bkgts", q_BTKGH, part["k"], preferred_element_type=jnp.float32)
+
+    scores = jnp.concatenate([score(*x) for x in zip(parts, own, strict=True)], axis=-1) * (scale or H**-0.5)
     scores = jnp.where(mask_BTS[:, None, None], soft_cap(scores, cap), -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, v_BSKH).reshape(B, T, N, H)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q_BTNH.dtype)
+    split = jnp.split(weights, np.cumsum([part["k"].shape[-2] for part in parts])[:-1], axis=-1)
+    read = [jnp.einsum(f"bkgts,{b}ksh->btkgh", w, part["v"]) for w, part, b in zip(split, parts, own, strict=True)]
+    return sum(read[1:], read[0]).reshape(B, T, N, H)

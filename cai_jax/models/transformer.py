@@ -5,7 +5,6 @@ scoring can take them a few tokens at a time. Parameters are stored with the lay
 compile time flat in depth; `unstack` splits them for the decode loop, where slicing a stack at every token is slow on CPU.
 """
 
-import re
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +13,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from cai_jax.config import Lora
-from cai_jax.models.attention import Rope, attend, rope_turns, rotate, soft_cap
+from cai_jax.models.attention import Rope, attend, packed_mask, rope_turns, rotate, soft_cap
+from cai_jax.models.cache import Cache, write
+from cai_jax.models.layers import Linear, Norm
 from cai_jax.sharding import constrain, path_name
 
 ACTIVATIONS = {
@@ -65,65 +66,12 @@ class TransformerConfig:
     lora: Lora | None = None  # adapters beside the matrices of the layers; None, or of rank 0: none
 
 
-class Linear(nn.Module):
-    """An einsum with a kernel that is cast to `dtype` where it is used, and beside it an adapter where `lora` targets this
-    matrix. `fan_in`: how many inputs meet in a sum."""
-
-    equation: str
-    shape: tuple[int, ...]
-    fan_in: int
-    dtype: jnp.dtype
-    bias: int = 0  # axes of the kernel, the last ones, that a bias has; 0: no bias
-    lora: Lora | None = None
-    out: jnp.dtype | None = None  # of the product; None: `dtype`
-
-    @nn.compact
-    def __call__(self, x):
-        kernel = self.param("kernel", nn.initializers.normal(self.fan_in**-0.5), self.shape, jnp.float32)
-        y = jnp.einsum(self.equation, x, kernel.astype(self.dtype), preferred_element_type=self.out)
-        if self.lora and self.lora.rank and re.search(self.lora.targets, "/".join(self.path[-2:])):
-            y = y + self.adapter(x)
-        if not self.bias:
-            return y
-        bias = self.param("bias", nn.initializers.zeros, self.shape[-self.bias :], jnp.float32)
-        return y + bias.astype(self.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
-
-    def adapter(self, x):
-        """(alpha / rank) x A B, which starts at zero (2106.09685, section 4.1). A: [inputs..., r], B: [r, outputs...]."""
-        inputs, r = x.ndim - 2, self.lora.rank
-        a = self.param("lora_a", nn.initializers.normal(self.fan_in**-0.5), (*self.shape[:inputs], r), jnp.float32)
-        b = self.param("lora_b", nn.initializers.zeros, (r, *self.shape[inputs:]), jnp.float32)
-        z_BTR = jnp.tensordot(x, a.astype(self.dtype), inputs) * (self.lora.alpha / r)
-        return jnp.tensordot(constrain(z_BTR, "batch", None, None), b.astype(self.dtype), 1)
-
-
-class Norm(nn.Module):
-    """Over the last axis, in float32."""
-
-    cfg: TransformerConfig
-
-    @nn.compact
-    def __call__(self, x):
-        kind, eps, ones = self.cfg.norm, self.cfg.norm_eps, nn.initializers.ones
-        shape, wide = x.shape[-1:], (1,) * (x.ndim - 1) + x.shape[-1:]
-        scale = self.param("scale", nn.initializers.zeros if kind == "rms_plus_one" else ones, shape, jnp.float32)
-        scale = scale.astype(jnp.float32).reshape(wide)
-        x32 = x.astype(jnp.float32)
-        if kind == "layer":
-            x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-        normed = normed * (1 + scale if kind == "rms_plus_one" else scale)
-        if kind == "layer":
-            normed = normed + self.param("bias", nn.initializers.zeros, shape, jnp.float32).astype(jnp.float32).reshape(wide)
-        return normed.astype(x.dtype)
-
-
 class Attention(nn.Module):
     cfg: TransformerConfig
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x_BTD, turns, mask_BTS, cache, index):
+    def __call__(self, x_BTD, turns, mask_BTS, past):
         c = self.cfg
         D, N, K, H = c.width, c.num_heads, c.num_kv_heads, c.head_dim
         bias = 2 * c.qkv_bias
@@ -133,19 +81,19 @@ class Attention(nn.Module):
         q, k = self.normed(q, "q_norm"), self.normed(k, "k_norm")
         q, k = rotate(q, turns), rotate(k, turns)
         q, k, v = (constrain(a, "batch", None, "model", None) for a in (q, k, v))
-        if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache["k"], k.astype(cache["k"].dtype), index, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache["v"], v.astype(cache["v"].dtype), index, axis=1)
-            cache = {"k": k, "v": v}
-        out = attend(q, k.astype(self.dtype), v.astype(self.dtype), mask_BTS, c.query_scale, c.attention_cap)
-        return Linear("btnh,nhd->btd", (N, H, D), N * H, self.dtype, int(c.out_bias), c.lora, name="o")(out), cache
+        own, before = {"k": k.swapaxes(1, 2), "v": v.swapaxes(1, 2)}, []
+        if past is not None:
+            prefix, layer, filled_B = past
+            own, before = write(layer, own, filled_B) if layer else own, [prefix] if prefix else []
+        out = attend(q, [*before, own], mask_BTS, c.query_scale, c.attention_cap)
+        return Linear("btnh,nhd->btd", (N, H, D), N * H, self.dtype, int(c.out_bias), c.lora, name="o")(out), own
 
     def normed(self, x_BTNH, name: str):
         if not self.cfg.qk_norm:
             return x_BTNH
         B, T, N, H = x_BTNH.shape
         together = x_BTNH.reshape(B, T, N * H) if self.cfg.qk_norm == "all" else x_BTNH
-        return Norm(self.cfg, name=name)(together).reshape(B, T, N, H)
+        return Norm(self.cfg.norm, self.cfg.norm_eps, name=name)(together).reshape(B, T, N, H)
 
 
 class MLP(nn.Module):
@@ -164,28 +112,29 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """`sliding`: whether this layer is a sliding one; `turns` and `masks` hold a second entry for those."""
+    """`sliding`: whether this layer is a sliding one; `turns` and `masks` hold a second entry for those. `past`: what the cache
+    holds of this layer (see models.cache), or None. -> (the block's output, {"k", "v"} with those of this call)."""
 
     cfg: TransformerConfig
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x_BTD, cache, sliding, turns, masks, index):
+    def __call__(self, x_BTD, past, sliding, turns, masks):
         c = self.cfg
 
         def norm(name, x, wanted):
-            return Norm(c, name=name)(x) if wanted else x
+            return Norm(c.norm, c.norm_eps, name=name)(x) if wanted else x
 
         def mine(pair):
             return pair[0] if len(pair) == 1 else jax.tree.map(lambda full, near: jnp.where(sliding, near, full), *pair)
 
         start = x_BTD
         y = norm("attention_norm", x_BTD, c.norm_inputs)
-        y, cache = Attention(c, self.dtype, name="attention")(y, mine(turns), mine(masks), cache, index)
+        y, seen = Attention(c, self.dtype, name="attention")(y, mine(turns), mine(masks), past)
         x_BTD = x_BTD + norm("attention_out_norm", y, c.norm_outputs)
         y = norm("mlp_norm", start if c.parallel else x_BTD, c.norm_inputs)
         x_BTD = x_BTD + norm("mlp_out_norm", MLP(c, self.dtype, name="mlp")(y), c.norm_outputs)
-        return constrain(x_BTD, "batch", None, None), cache
+        return constrain(x_BTD, "batch", None, None), None if past is None else seen
 
 
 class Embed(nn.Module):
@@ -221,39 +170,52 @@ class Transformer(nn.Module):
         if self.unrolled:
             self.blocks = [block(c, self.dtype, name=f"layers_{i}") for i in range(c.num_layers)]
         else:
-            axes = {"in_axes": (0, 0, *[nn.broadcast] * 3), "out_axes": 0, "length": c.num_layers}
+            axes = {"in_axes": (nn.broadcast, 0, *[nn.broadcast] * 2), "out_axes": 0, "length": c.num_layers}
             scanned = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, **axes)
             self.layers = scanned(c, self.dtype)
-        self.final_norm = Norm(c)
+        self.final_norm = Norm(c.norm, c.norm_eps)
         if not c.tied_embeddings:
             shape = (c.width, c.vocab_size + c.vocab_padding)
             self.unembed = Linear("btd,dv->btv", shape, c.width, self.dtype, out=jnp.float32)  # log-probs want more than bf16
 
-    def __call__(self, tokens_BT, positions_BT, mask_BTS, cache=None, index=0, key_positions_BS=None):
-        """Hidden states [B, T, D] after the final norm, and the cache with this call's keys and values at slot `index`.
+    def __call__(self, tokens_BT, positions_BT, ends_BT):
+        """Hidden states [B, T, D] of whole texts after the final norm. `ends`: see attention.packed_mask."""
+        return self.run(tokens_BT, positions_BT, packed_mask(ends_BT), positions_BT)[0]
 
-        mask_BTS: S = T without a cache, else the cache's slots. `cache`: from `init_cache`, or None. `key_positions_BS`: the
-        positions of the slots, which sliding layers ask for where there is a cache.
-        """
+    def beside(self, tokens_BT, positions_BT, ends_BT, prefix, offset):
+        """The same of texts that begin with `offset` tokens of `prefix` (see models.cache) before their own. Only unrolled."""
+        B, T = tokens_BT.shape
+        P = prefix[0]["k"].shape[1]
+        before_BTP = jnp.broadcast_to(jnp.arange(P)[None, None] < offset, (B, T, P))
+        keys_BS = jnp.concatenate([jnp.broadcast_to(jnp.arange(P)[None], (B, P)), positions_BT + offset], axis=1)
+        mask_BTS = jnp.concatenate([before_BTP, packed_mask(ends_BT)], axis=2)
+        cache = Cache((None,) * len(prefix), None, None, prefix)
+        return self.run(tokens_BT, positions_BT + offset, mask_BTS, keys_BS, cache)[0]
+
+    def extend(self, tokens_BT, cache: Cache):
+        """Tokens that follow what `cache` holds of each row. -> (hidden states [B, T, D], the layers of the cache with the keys
+        and values of these tokens in place). Only unrolled; `cache.filled_B` is the caller's to move on."""
+        at_BT = cache.filled_B[:, None] + jnp.arange(tokens_BT.shape[1])[None]
+        return self.run(tokens_BT, cache.offset_B[:, None] + at_BT, *cache.seen(at_BT), cache)
+
+    def run(self, tokens_BT, positions_BT, mask_BTS, keys_BS, cache=None):
+        """`keys_BS`: the positions of what is attended to, which sliding layers ask for."""
         c = self.cfg
         x_BTD = constrain(self.embed(tokens_BT), "batch", None, None)
         masks, turns = (mask_BTS,), (rope_turns(c.rope, c.head_dim, positions_BT),)
         if any(c.sliding):
-            keys_BS = positions_BT if key_positions_BS is None else key_positions_BS
             masks += (mask_BTS & (positions_BT[:, :, None] - keys_BS[:, None, :] < c.window),)
             if c.sliding_rope:
                 turns += (rope_turns(c.sliding_rope, c.head_dim, positions_BT),)
-        if self.unrolled:
-            caches = []
-            for i, block in enumerate(self.blocks):
-                sliding = bool(c.sliding) and c.sliding[i]
-                x_BTD, layer_cache = block(x_BTD, cache and cache[i], sliding, turns, masks, index)
-                caches.append(layer_cache)
-            cache = tuple(caches) if cache else None
-        else:
+        if not self.unrolled:
             sliding_L = jnp.array(c.sliding) if any(c.sliding) else None
-            x_BTD, cache = self.layers(x_BTD, cache, sliding_L, turns, masks, index)
-        return self.final_norm(x_BTD), cache
+            return self.final_norm(self.layers(x_BTD, None, sliding_L, turns, masks)[0]), None
+        layers = []
+        for i, block in enumerate(self.blocks):
+            past = cache and (cache.prefix and cache.prefix[i], cache.layers[i], cache.filled_B)
+            x_BTD, layer = block(x_BTD, past, bool(c.sliding) and c.sliding[i], turns, masks)
+            layers.append(layer)
+        return self.final_norm(x_BTD), tuple(layers)
 
     def logits(self, x_BTD):
         """Hidden states -> logits [B, T, V] in float32; what pads the vocabulary is never chosen."""
@@ -264,16 +226,16 @@ class Transformer(nn.Module):
             return logits
         return jnp.where(jnp.arange(logits.shape[-1])[None, None] < c.vocab_size, logits, -1e30)
 
-    def both(self, tokens_BT, positions_BT, mask_BTS):
+    def both(self, tokens_BT, positions_BT, ends_BT):
         """Logits of every token. Touches every parameter, so `init` runs this."""
-        return self.logits(self(tokens_BT, positions_BT, mask_BTS)[0])
+        return self.logits(self(tokens_BT, positions_BT, ends_BT))
 
 
 def init_params(model: Transformer, key):
     """Random parameters (float32) as nested dicts, layers stacked, also for an unrolled model."""
     model = model.clone(unrolled=False)
     zeros = jnp.zeros((1, 1), jnp.int32)
-    return model.init(key, zeros, zeros, jnp.ones((1, 1, 1), bool), method="both")["params"]
+    return model.init(key, zeros, zeros, zeros, method="both")["params"]
 
 
 def cast_matrices(params, dtype):
@@ -290,10 +252,3 @@ def unstack(params, num_layers: int):
     leaves, tree = jax.tree.flatten(params["layers"])
     layers = zip(*(jax.lax.split(x, [1] * num_layers) for x in leaves), strict=True)
     return rest | {f"layers_{i}": tree.unflatten(x.squeeze(0) for x in layer) for i, layer in enumerate(layers)}
-
-
-def init_cache(cfg: TransformerConfig, batch: int, slots: int, dtype):
-    """An empty cache for an unrolled Transformer: per layer k and v [B, S, K, H]."""
-    shape = (batch, slots, cfg.num_kv_heads, cfg.head_dim)
-    zeros = constrain(jnp.zeros(shape, dtype), "batch", None, "model", None)
-    return tuple({"k": zeros, "v": zeros} for _ in range(cfg.num_layers))

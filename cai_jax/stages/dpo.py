@@ -12,10 +12,11 @@ import numpy as np
 
 from cai_jax import checkpoints, optim, records
 from cai_jax.config import Config
-from cai_jax.data import encode_comparisons, epochs, load_human, longest_pair
+from cai_jax.data import load_human, longest_pair
 from cai_jax.losses import dpo_loss, masked_mean
-from cai_jax.score import hidden_states, row_batch, target_logprobs
-from cai_jax.sharding import put_batch
+from cai_jax.pairs import Pairs, batches, encode_comparisons
+from cai_jax.score import hidden_states, target_logprobs
+from cai_jax.sharding import batch_ways, put_batch
 from cai_jax.stages import inputs_of, load_constitution, load_start, stream
 from cai_jax.train import fit, init_state, make_train_step
 from cai_jax.workdir import begin, finish
@@ -33,50 +34,52 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     ai = records.read(workdir / "preferences" / "comparisons.jsonl", ("messages", "response_a", "response_b", "p_a"))
     human, given = load_human(cfg.data, len(ai), drops)
     lm, net = start.lm, start.net
-    arrays = encode_comparisons(lm.tok, templates, ai + human, longest_pair(cfg.data, lm.cfg.max_length), drops)
-    del arrays["prompt"]
-    arrays["reference"] = reference_logprobs(lm.net(), lm.params, arrays, c.batch_size, mesh)
-    batch_at, steps = epochs(arrays, c.batch_size, c.epochs, cfg.seed, STAGE)
+    pairs = encode_comparisons(lm.tok, templates, ai + human, longest_pair(cfg.data, lm.cfg.max_length), drops)
+    reference = reference_logprobs(lm.net(), lm.params, pairs, c.batch_size, mesh)
+    pairs.columns.update(reference_a=reference[:, 0], reference_b=reference[:, 1])
+    batch_at, steps = batches(pairs, c.batch_size, c.epochs, cfg.seed, STAGE, batch_ways(mesh) * c.microbatches)
     tx = optim.make(c.optimizer, steps)
     step = make_train_step(preference_loss(net, c.beta), tx, mesh, c.microbatches)
     state, key = init_state(start.trained, tx, mesh), stream(cfg, STAGE)
     state = fit(STAGE, folder, state, start.frozen, step, batch_at, steps, key, c.checkpoint_every, mesh)
     checkpoints.save_model(folder, state.params)
-    counts = drops.counts(len(ai) + given, len(arrays["p_a"])) | {"steps": steps}
+    counts = drops.counts(len(ai) + given, len(pairs.trees)) | {"steps": steps}
     finish(STAGE, workdir, {"model": checkpoints.fingerprint(state.params)}, counts)
     return True
 
 
 def response_logprobs(net, params, batch):
-    """Summed log-prob of each response, EOS included. -> float32 [B, 2]."""
-    B, _, T = batch["tokens"].shape
-    tokens, lengths = batch["tokens"].reshape(2 * B, T), batch["lengths"].reshape(2 * B)
-    hidden = hidden_states(net, params, row_batch(tokens, lengths))
-    logp_BT, _ = target_logprobs(net, params, hidden[:, :-1], tokens[:, 1:])
-    at = jnp.arange(1, T)[None]
-    inside = (at >= jnp.repeat(batch["starts"], 2)[:, None]) & (at < lengths[:, None])
-    return jnp.sum(jnp.where(inside, logp_BT, 0.0), axis=-1).reshape(B, 2)
+    """Summed log-prob of both responses of every comparison, EOS included. -> float32 [R, M, 2] (see pairs.batches)."""
+    hidden = hidden_states(net, params, batch)
+    x_RAD = jnp.take_along_axis(hidden, batch["at"][:, :, None], axis=1)
+    logp_RA, _ = target_logprobs(net, params, x_RAD, batch["next"])
+    R, M, _ = batch["last"].shape
+    mine = batch["owner"][:, :, None] == jnp.arange(2 * M)[None, None]
+    return jnp.sum(jnp.where(mine, logp_RA[:, :, None], 0.0), axis=1).reshape(R, M, 2)
 
 
-def reference_logprobs(net, params, arrays, batch_size: int, mesh) -> np.ndarray:
-    batch_at, steps = epochs(arrays | {"index": np.arange(len(arrays["p_a"]))}, batch_size, 1, 0, "reference")
-    out = np.zeros((len(arrays["p_a"]), 2), np.float32)
+def reference_logprobs(net, params, pairs: Pairs, batch_size: int, mesh) -> np.ndarray:
+    """-> float32 [N, 2]."""
+    batch_at, steps = batches(pairs, batch_size, 1, 0, "reference", batch_ways(mesh))
+    out = np.zeros((len(pairs.trees), 2), np.float32)
     score = jax.jit(partial(response_logprobs, net))
     for t in range(steps):
         batch = batch_at(t)
-        index, real = batch.pop("index"), batch.pop("row_mask") > 0
-        out[index[real]] = np.asarray(score(params, put_batch(batch, mesh)))[real]
+        real = batch["row_mask"] > 0
+        out[batch["index"][real]] = np.asarray(score(params, put_batch(batch, mesh)))[real]
     return out
 
 
 def preference_loss(net, beta: float):
     def loss_fn(params, batch, key):
-        logp, ref, mask = response_logprobs(net, params, batch), batch["reference"], batch["row_mask"]
-        margin = beta * ((logp - ref)[:, 0] - (logp - ref)[:, 1])
+        logp, mask = response_logprobs(net, params, batch), batch["row_mask"]
+        ratio = logp - jnp.stack([batch["reference_a"], batch["reference_b"]], axis=-1)
+        margin = beta * (ratio[..., 0] - ratio[..., 1])
         right = ((margin > 0) == (batch["p_a"] > 0.5)).astype(margin.dtype)
-        loss = dpo_loss(logp[:, 0], logp[:, 1], ref[:, 0], ref[:, 1], batch["p_a"], mask, beta)
-        kl = masked_mean(jnp.mean(logp - ref, axis=-1), mask)
+        sides = logp[..., 0], logp[..., 1], batch["reference_a"], batch["reference_b"]
+        kl = masked_mean(jnp.mean(ratio, axis=-1), mask)
         accuracy = masked_mean(right, jnp.where(batch["p_a"] != 0.5, mask, 0.0))
-        return loss, {"accuracy": accuracy, "log_ratio": kl, "weight": jnp.sum(mask)}
+        metrics = {"accuracy": accuracy, "log_ratio": kl, "weight": jnp.sum(mask)}
+        return dpo_loss(*sides, batch["p_a"], mask, beta), metrics
 
     return loss_fn

@@ -18,7 +18,6 @@ from cai_jax.config import Config, as_dict
 from cai_jax.data import bucket, load_pool, pad_rows
 from cai_jax.evaluation import Watch
 from cai_jax.experience import experience, ppo_loss, scaled_head, take
-from cai_jax.generate import generate
 from cai_jax.metrics import Metrics
 from cai_jax.models import LM, compute_dtype, lora
 from cai_jax.models.heads import init_head
@@ -26,6 +25,7 @@ from cai_jax.models.transformer import Transformer, cast_matrices
 from cai_jax.progress import Progress
 from cai_jax.sampling import record_keys
 from cai_jax.sharding import put, put_batch
+from cai_jax.slots import generate
 from cai_jax.stages import (
     Start,
     adapts,
@@ -153,6 +153,7 @@ def iteration(cfg: Config, mesh, state: PPOState, step, frozen: Frozen, pool, ke
         jnp.array(reference.tok.stop_ids, jnp.int32),
         jnp.float32(c.sampling.temperature),
         max_new=c.sampling.max_tokens,
+        gather=c.sampling.gather,
     )
     jax.block_until_ready(out)
     clock.append(time.monotonic())

@@ -50,7 +50,7 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
         prompt = tok.prompt(prompts.dialogue(messages, templates))
         examples.append((prompt + tok.encode(prompts.completion(text, templates)) + [tok.eos_id], len(prompt)))
     rows = pack(examples, c.length, drops)
-    kept = int(sum(rows["segments"].max(axis=1)))
+    kept = int(((rows["positions"] == 0) & (rows["ends"] > 0)).sum())
     batch_at, steps = epochs(rows, c.rows, c.epochs, cfg.seed, STAGE)
     tx = optim.make(c.optimizer, steps)
     step = make_train_step(language_model_loss(start.net), tx, mesh, c.microbatches)

@@ -1,0 +1,64 @@
+"""The layers that every part of the decoder is made of."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from cai_jax.config import Lora
+from cai_jax.sharding import constrain
+
+
+class Linear(nn.Module):
+    """An einsum with a kernel that is cast to `dtype` where it is used, and beside it an adapter where `lora` targets this
+    matrix. `fan_in`: how many inputs meet in a sum."""
+
+    equation: str
+    shape: tuple[int, ...]
+    fan_in: int
+    dtype: jnp.dtype
+    bias: int = 0  # axes of the kernel, the last ones, that a bias has; 0: no bias
+    lora: Lora | None = None
+    out: jnp.dtype | None = None  # of the product; None: `dtype`
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.normal(self.fan_in**-0.5), self.shape, jnp.float32)
+        y = jnp.einsum(self.equation, x, kernel.astype(self.dtype), preferred_element_type=self.out)
+        if self.lora and self.lora.rank and re.search(self.lora.targets, "/".join(self.path[-2:])):
+            y = y + self.adapter(x)
+        if not self.bias:
+            return y
+        bias = self.param("bias", nn.initializers.zeros, self.shape[-self.bias :], jnp.float32)
+        return y + bias.astype(self.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+
+    def adapter(self, x):
+        """(alpha / rank) x A B, which starts at zero (2106.09685, section 4.1). A: [inputs..., r], B: [r, outputs...]."""
+        inputs, r = x.ndim - 2, self.lora.rank
+        a = self.param("lora_a", nn.initializers.normal(self.fan_in**-0.5), (*self.shape[:inputs], r), jnp.float32)
+        b = self.param("lora_b", nn.initializers.zeros, (r, *self.shape[inputs:]), jnp.float32)
+        z_BTR = jnp.tensordot(x, a.astype(self.dtype), inputs) * (self.lora.alpha / r)
+        return jnp.tensordot(constrain(z_BTR, "batch", None, None), b.astype(self.dtype), 1)
+
+
+class Norm(nn.Module):
+    """Over the last axis, in float32."""
+
+    kind: str  # see TransformerConfig.norm
+    eps: float
+
+    @nn.compact
+    def __call__(self, x):
+        kind, eps, ones = self.kind, self.eps, nn.initializers.ones
+        shape, wide = x.shape[-1:], (1,) * (x.ndim - 1) + x.shape[-1:]
+        scale = self.param("scale", nn.initializers.zeros if kind == "rms_plus_one" else ones, shape, jnp.float32)
+        scale = scale.astype(jnp.float32).reshape(wide)
+        x32 = x.astype(jnp.float32)
+        if kind == "layer":
+            x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+        normed = normed * (1 + scale if kind == "rms_plus_one" else scale)
+        if kind == "layer":
+            normed = normed + self.param("bias", nn.initializers.zeros, shape, jnp.float32).astype(jnp.float32).reshape(wide)
+        return normed.astype(x.dtype)
