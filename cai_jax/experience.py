@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from cai_jax import losses
+from cai_jax.logprobs import target_logprobs
 from cai_jax.models.heads import apply_head
-from cai_jax.score import hidden_states, reward_scores, row_batch, target_logprobs
+from cai_jax.score import hidden_states, reward_scores, row_batch
 
 
 def scaled_head(head, scale):

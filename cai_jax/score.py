@@ -1,7 +1,4 @@
-"""Log-probs of given text: token by token for training and PPO, of whole options for judging.
-
-Logits are taken a chunk of tokens at a time and recomputed in the backward pass, so no B x T x V array ever exists.
-"""
+"""What a model makes of given texts: hidden states of packed rows, log-probs of whole options, scores of a reward model."""
 
 from functools import partial
 
@@ -10,19 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from cai_jax.data import bucket
+from cai_jax.logprobs import target_logprobs
 from cai_jax.losses import preference_from_logprobs
 from cai_jax.models import LM
 from cai_jax.models.heads import apply_head
 from cai_jax.models.transformer import Transformer, unstack
 from cai_jax.progress import Progress, say
 from cai_jax.prompts import OPTIONS
-from cai_jax.sampling import shape_logits
 from cai_jax.sharding import batch_ways, put_batch
 from cai_jax.slots import prepare, read_text
 from cai_jax.trees import common, first_fit, lay, plant
 from cai_jax.workdir import InputError, raise_if_stopping
 
-CHUNK = 64  # tokens of a row whose logits exist at once
 TREE = 1024  # tokens of a tree: a larger one would share more and compare more in vain
 
 
@@ -31,25 +27,6 @@ def hidden_states(net: Transformer, params, batch):
     stacked, also for an unrolled network."""
     params = unstack(params, net.cfg.num_layers) if net.unrolled else params
     return net.apply({"params": params}, batch["tokens"], batch["positions"], batch["ends"])
-
-
-def target_logprobs(net: Transformer, params, hidden_BTD, targets_BT, temperature: float = 1.0):
-    """Log-prob of each target and the entropy of each prediction, at the sampler's temperature. -> ([B, T], [B, T]) float32."""
-    B, T, D = hidden_BTD.shape
-    chunk = min(CHUNK, T)
-    pad = -T % chunk
-    x = jnp.pad(hidden_BTD, ((0, 0), (0, pad), (0, 0))).reshape(B, -1, chunk, D).swapaxes(0, 1)
-    y = jnp.pad(targets_BT, ((0, 0), (0, pad))).reshape(B, -1, chunk).swapaxes(0, 1)
-
-    @jax.checkpoint
-    def one(x_BCD, y_BC):
-        logp = shape_logits(net.apply({"params": params}, x_BCD, method="logits"), temperature)
-        entropy = -jnp.sum(jnp.exp(logp) * logp, axis=-1)
-        return jnp.take_along_axis(logp, y_BC[:, :, None], axis=-1)[:, :, 0], entropy
-
-    logp, entropy = jax.lax.map(lambda args: one(*args), (x, y))
-    join = lambda a: a.swapaxes(0, 1).reshape(B, -1)[:, :T]  # noqa: E731
-    return join(logp), join(entropy)
 
 
 def row_batch(tokens_BT, lengths_B):

@@ -132,7 +132,7 @@ def put_batch(batch, mesh):
 
 
 def by_part(f):
-    """`f` on each part of the batch axes alone; it takes and gives arrays split along them. Without a mesh in scope it is `f`."""
+    """`f` on each part of the batch axes alone; it takes and gives arrays split along them. Without a mesh in scope: `f`."""
     if jax.sharding.get_abstract_mesh().empty:
         return f
     return jax.shard_map(f, in_specs=P(BATCH), out_specs=P(BATCH), axis_names=set(BATCH))

@@ -34,6 +34,8 @@ def stop_table(tok: Tokenizer, strings: tuple[str, ...]) -> np.ndarray:
     vocabularies, whatever they strip at the start of a text. It never says so of a text without a stop string; one is missed
     only if SentencePiece spells a character of it, one behind ASCII, in byte tokens.
     """
+    if not strings:
+        return np.zeros((2, tok.vocab_size), np.uint8)
     step = _automaton([s.encode() for s in strings])
     first, inner, byte_V = _texts(tok)
     found = NOTHING + len(step) - 1

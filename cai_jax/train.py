@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import optax
 
 from cai_jax import checkpoints, optim
+from cai_jax.logprobs import target_logprobs
 from cai_jax.losses import cross_entropy, masked_mean
 from cai_jax.metrics import Metrics
 from cai_jax.models import lora
 from cai_jax.progress import Progress
-from cai_jax.score import hidden_states, target_logprobs
+from cai_jax.score import hidden_states
 from cai_jax.sharding import BATCH, P, put_batch, shard_init, shardings
 from cai_jax.workdir import Stopped, stopping
 

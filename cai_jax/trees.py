@@ -1,7 +1,7 @@
 """Texts with a common beginning as trees, so that what they share stands, and is computed, once. Only NumPy.
 
-A tree lies in a row in depth-first order, each text's tokens behind those it shares with the texts before. A token's position is
-its depth, and `ends` says how far its descendants go, which is all that attention must know (attention.packed_mask). A text
+A tree lies in a row in depth-first order, each text's tokens behind those it shares with the texts before. A token's position
+is its depth, and `ends` says how far its descendants go, which is all that attention must know (attention.packed_mask). A text
 alone is the smallest tree, so packed rows of separate texts are the same thing.
 """
 

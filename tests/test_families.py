@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from functools import cache
 
 import jax
@@ -13,11 +14,16 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
-from cai_jax.models import families, hf
+from cai_jax import prompts
+from cai_jax.config import Sampling
+from cai_jax.generate import Request, sample_chains
+from cai_jax.models import LM, families, hf
 from cai_jax.models.transformer import Transformer
+from cai_jax.records import Journal
 from cai_jax.sampling import record_key_data, record_keys
 from cai_jax.sharding import put_batch
 from cai_jax.slots import generate
+from cai_jax.tokenizer import Tokenizer, mark
 from cai_jax.workdir import InputError
 
 TOL = 2e-4
@@ -67,10 +73,10 @@ LENGTHS = np.array([24, 17, 3], np.int32)
 INSIDE = np.arange(24)[None] < LENGTHS[:, None]
 
 
-def random_model(name, **more):
+def random_model(name, seed=0, **more):
     """A model of transformers with random weights, norms and biases included."""
     kind, changes = CASES[name]
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     fields = {
         k: v
         for k, v in (SIZES | more | changes).items()
@@ -131,6 +137,61 @@ def test_lesson_08_decoding_with_a_cache_gives_the_logits_of_transformers(folder
         logp = torch.log_softmax(logits, -1).numpy()
         np.testing.assert_array_equal(logp.argmax(-1), said)
         np.testing.assert_allclose(np.asarray(out.logp_BR)[b], logp.max(-1), atol=TOL)
+
+
+class Numbers(Tokenizer):
+    """Its texts are the numbers of the tokens."""
+
+    def prompt(self, text):
+        return [int(x) for x in text.split()]
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
+
+NO_TURNS = dict.fromkeys(prompts.TURNS, mark(0))  # templates after which no text ends a turn
+
+
+def greedy(model, context, ends=None):
+    """What transformers says next, 24 tokens or up to one of `ends`."""
+    ids = torch.tensor([context], dtype=torch.long)
+    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": ends, "pad_token_id": 0}
+    with torch.no_grad():
+        return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(context) :].tolist()
+
+
+@pytest.mark.parametrize("name, seeds", [("llama", 4), ("gemma3", 3), ("pythia", 3)])
+def test_lesson_08_greedy_texts_are_those_of_transformers_token_for_token(name, seeds, mesh1, tmp_path):
+    """Ten random models. Eight records on three slots, each of two texts that go on from one another, all behind the same forty
+    tokens; four tokens that some texts hold are ends."""
+    rng = np.random.default_rng(5)
+    prefix = rng.integers(0, 98, 40).tolist()
+    own = [rng.integers(0, 98, rng.integers(1, 20)).tolist() for _ in range(8)]
+    for seed in range(seeds):
+        model, path, written = random_model(name, seed), tmp_path / str(seed), {}
+        model.save_pretrained(path)
+        net, params = ours(path, mesh1)
+        held = Counter(i for x in own for i in {*greedy(model, [*prefix, *x])})
+        ends = sorted(held, key=lambda i: (abs(held[i] - 2), i))[:4]  # in two of the eight, or about
+        tok = Numbers(range(98), ends[0], 0, also_end=tuple(ends[1:]))
+
+        def chain(i, tok=tok, written=written):
+            context = [*prefix, *own[i]]
+            for turn in range(2):
+                said = yield Request(f"{i}/{turn}", tok.decode(context))
+                written[i, turn] = context, tok.prompt(said["text"]), said["finished"]
+                context = [*context, *written[i, turn][1], *own[i][:3], turn]
+
+        sampling = Sampling(temperature=0.0, max_tokens=24, batch_size=3)
+        journal, chains = Journal(path / "journal.jsonl"), {str(i): chain(i) for i in range(8)}
+        with jax.set_mesh(mesh1):
+            lm = LM(net.cfg, net.dtype, params, tok)
+            sample_chains(lm, chains, sampling, 0, journal, mesh1, NO_TURNS, prefix=tok.decode(prefix))
+        journal.remove()
+        for context, said, finished in written.values():
+            wanted = greedy(model, context, ends)
+            assert said == wanted and finished == (wanted[-1] in ends)
+        assert len(written) == 16 and 0 < sum(finished for *_, finished in written.values()) < 16
 
 
 def test_a_mesh_and_a_padded_vocabulary_change_nothing(folder, mesh1, mesh8):

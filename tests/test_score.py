@@ -9,62 +9,9 @@ import tiny
 from cai_jax import score
 from cai_jax.data import bucket, pad_rows
 from cai_jax.models.heads import apply_head, init_head
-from cai_jax.models.transformer import REMAT
-from cai_jax.score import averaged_preference, hidden_states, option_logprobs, row_batch, target_logprobs
+from cai_jax.score import averaged_preference, hidden_states, option_logprobs, row_batch
 from cai_jax.sharding import put, put_batch
-from cai_jax.train import language_model_loss
 from cai_jax.workdir import InputError
-
-
-# --- Token by token ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("chunk", [5, 12, 64])
-def test_target_logprobs_in_chunks_equal_the_whole_with_their_gradients(monkeypatch, chunk):
-    """Twelve tokens in chunks of 5 (the last one filled up), 12 and 64; values, entropies and all gradients."""
-    monkeypatch.setattr(score, "CHUNK", chunk)
-    rng = np.random.default_rng(0)
-    hidden = jnp.asarray(rng.normal(size=(3, 12, 32)), jnp.float32)
-    targets = jnp.asarray(rng.integers(0, 98, (3, 12)), jnp.int32)
-    weights = jnp.asarray(rng.normal(size=(2, 3, 12)), jnp.float32)
-    params = {"embed": jax.tree.map(jnp.asarray, tiny.params()["embed"])}  # logits need no more
-    net, temperature = tiny.net(), 0.7
-
-    def chunked(params, hidden):
-        logp, entropy = target_logprobs(net, params, hidden, targets, temperature)
-        return jnp.sum(weights[0] * logp + weights[1] * entropy), (logp, entropy)
-
-    def whole(params, hidden):
-        logp_BTV = jax.nn.log_softmax(jnp.einsum("btd,vd->btv", hidden, params["embed"]["embedding"]) / temperature, axis=-1)
-        logp = jnp.take_along_axis(logp_BTV, targets[:, :, None], axis=-1)[:, :, 0]
-        entropy = -jnp.sum(jnp.exp(logp_BTV) * logp_BTV, axis=-1)
-        return jnp.sum(weights[0] * logp + weights[1] * entropy), (logp, entropy)
-
-    found, wanted = (jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(params, hidden) for f in (chunked, whole))
-    tiny.assert_close(found, wanted)
-
-
-def large(jaxpr, size):
-    """Shapes of arrays that hold the vocabulary and at least `size` numbers. 49 divides no size without the vocabulary."""
-    shapes = {v.aval.shape for e in tiny.equations(jaxpr) for v in e.outvars}
-    return {s for s in shapes if np.prod(s, dtype=int) % 49 == 0 and np.prod(s, dtype=int) >= size}
-
-
-@pytest.mark.parametrize("remat", REMAT)
-def test_no_array_over_batch_tokens_and_vocabulary_exists_forward_or_backward(remat):
-    B, T = 4, 160
-    net, params = tiny.net(remat=remat), tiny.params()
-    batch = row_batch(jnp.zeros((B, T), jnp.int32), jnp.full(B, T)) | {"targets": jnp.zeros((B, T), jnp.int32)}
-    batch["weights"] = jnp.ones((B, T))
-    chunk = B * score.CHUNK * 98
-
-    def naive(params):
-        logits = net.apply({"params": params}, hidden_states(net, params, batch), method="logits")
-        return jnp.mean(jax.nn.log_softmax(logits, axis=-1)[:, :, 0])
-
-    loss = language_model_loss(net)
-    step = jax.make_jaxpr(jax.grad(lambda p: loss(p, batch, jax.random.key(0))[0]))(params).jaxpr
-    assert large(step, chunk) and not large(step, chunk + 1)
-    assert (B, T, 98) in large(jax.make_jaxpr(jax.grad(naive))(params).jaxpr, chunk + 1)  # where there is one, it is seen
-
 
 # --- Options ----------------------------------------------------------------------------------------------------------
 CONTEXTS = ["Q:", "Which is better? The answer is:", "x" * 29, "y" * 40, "Really?", "z" * 33, "a b c", "Hm"]

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import tiny
 
+from cai_jax.logprobs import target_logprobs
 from cai_jax.sampling import record_key_data, record_keys
-from cai_jax.score import hidden_states, row_batch, target_logprobs
+from cai_jax.score import hidden_states, row_batch
 from cai_jax.sharding import put_batch
 from cai_jax.slots import Sampled, generate
 

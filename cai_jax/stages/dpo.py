@@ -13,9 +13,10 @@ import numpy as np
 from cai_jax import checkpoints, optim, records
 from cai_jax.config import Config
 from cai_jax.data import load_human, longest_pair
+from cai_jax.logprobs import target_logprobs
 from cai_jax.losses import dpo_loss, masked_mean
 from cai_jax.pairs import Pairs, batches, encode_comparisons
-from cai_jax.score import hidden_states, target_logprobs
+from cai_jax.score import hidden_states
 from cai_jax.sharding import batch_ways, put_batch
 from cai_jax.stages import inputs_of, load_constitution, load_start, stream
 from cai_jax.train import fit, init_state, make_train_step

@@ -75,6 +75,8 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     start, key = load_start(cfg, workdir, mesh, NAME), stream(cfg, STAGE)
     pool = PromptPool(cfg, start.lm, load_constitution(cfg, NAME).templates)
     trained, frozen = models(cfg, workdir, mesh, start, key)
+    if frozen.templates:
+        pool.measure(frozen)
     del start  # its float32 weights, where the reference is of another dtype
     tx = optim.make(c.optimizer, c.iterations * c.epochs * c.minibatches)
     state = PPOState(init_state(trained, tx, mesh), jnp.float32(c.kl_coef), jnp.int32(0))
@@ -157,7 +159,7 @@ def iteration(cfg: Config, mesh, state: PPOState, step, frozen: Frozen, pool, ke
     )
     jax.block_until_ready(out)
     clock.append(time.monotonic())
-    read = put_batch(again(frozen, asked, out), mesh) if frozen.templates else None
+    read = put_batch(again(frozen, asked, out, pool.reread), mesh) if frozen.templates else None
     nets = net, reference.net(), frozen.reward.net()
     weights = params, reference.params, frozen.reward.params
     rollout, metrics = experience(nets, c, weights, frozen.scale, state.kl_coef, batch, out, read)
@@ -192,16 +194,16 @@ def iteration(cfg: Config, mesh, state: PPOState, step, frozen: Frozen, pool, ke
     return PPOState(train, coef, state.iteration + 1), metrics, phases
 
 
-def again(frozen: Frozen, asked: list[list[dict]], out) -> dict:
+def again(frozen: Frozen, asked: list[list[dict]], out, width: int = 0) -> dict:
     """The rollouts as another tokenizer reads them, for a reward model with a checkpoint of its own: the last tokens of its
-    context. -> host arrays tokens [B, T], lengths [B]."""
+    context. -> host arrays tokens [B, T], lengths [B]; T is at least `width`, to be the same in every iteration."""
     wrote, lm, rows = frozen.reference.tok, frozen.reward, []
     tokens, lengths, finished = jax.device_get((out.tokens_BR, out.lengths_B, out.finished_B))
     for messages, ids, n, whole in zip(asked, tokens, lengths, finished, strict=True):
         said = prompts.completion(wrote.decode(ids[:n]), frozen.templates)
         row = lm.tok.prompt(prompts.dialogue(messages, frozen.templates)) + lm.tok.encode(said)
         rows.append((row + [lm.tok.eos_id] if whole else row)[-lm.cfg.max_length :])
-    tokens, lengths = pad_rows(rows)
+    tokens, lengths = pad_rows(rows, max(width, bucket(max(map(len, rows)))))
     return {"tokens": tokens, "lengths": lengths}
 
 
@@ -221,9 +223,15 @@ class PromptPool:
                 f"ppo: the longest prompt has {longest} tokens; with --config.ppo.sampling.max_tokens={c.sampling.max_tokens} "
                 f"it passes the model's context of {lm.cfg.max_length}; --config.data.max_prompt leaves long prompts out"
             )
-        self.length = bucket(longest)
+        self.length, self.reread = bucket(longest), 0
         helpful = round(c.batch_size * c.helpful_share)
         self.counts = {"redteam": c.batch_size - helpful, "helpful": helpful}
+
+    def measure(self, frozen: Frozen) -> None:
+        """`reread`: room for every prompt in the reward model's tokens, and for twice as many of a response as the policy's."""
+        lm, asked = frozen.reward, [messages for rows in self.rows.values() for _, messages in rows]
+        longest = max(len(lm.tok.prompt(prompts.dialogue(messages, frozen.templates))) for messages in asked)
+        self.reread = bucket(min(longest + 2 * self.c.sampling.max_tokens, lm.cfg.max_length))
 
     def batch_at(self, t: int) -> tuple[dict, list[list[dict]]]:
         """-> (host arrays, the conversations that they are)."""
