@@ -6,13 +6,16 @@ import re
 
 from cai_jax.config import STAGES, Checkpoint, Config, section, walk
 
+SAMPLINGS = (*(f"{s}.sampling" for s in ("critique", "preferences", "ppo", "evaluate")), "preferences.thought")
 CHOICES = {
     "model.format": ("plain", "chat"),
     **{f"{part}.format": ("plain", "chat") for part in ("sft.model", "preferences.judge", "reward.model")},
     "model.compute_dtype": ("auto", "float32", "bfloat16"),
     "model.trained_dtype": ("float32", "bfloat16"),
+    "model.attention": ("auto", "xla", "cudnn", "splash"),
     "model.remat": ("none", "full", "dots"),
     "model.layers": ("scanned", "unrolled"),
+    **{f"{s}.cache": ("auto", "bfloat16", "int8") for s in SAMPLINGS},
     "sft.revisions": ("last", "all"),
     "preferences.policy": ("sft", "base"),
     "preferences.labels": ("soft", "hard"),

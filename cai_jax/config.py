@@ -30,6 +30,7 @@ class Model:
     compute_dtype: str = "auto"  # auto: float32 on CPU, bfloat16 on accelerators; frozen weights are of it too
     trained_dtype: str = "float32"  # of trained weights; bfloat16 rounds each update at random, so that small ones count
     vocab_multiple: int = 1  # rows of the embedding are padded to a multiple of it, so that a mesh divides them
+    attention: str = "auto"  # auto: the machine's kernels | cudnn: GPU | splash: TPU | xla, which does what those cannot
     remat: str = "none"  # none | full: recompute each layer in the backward pass, a third more time | dots: keep products
     layers: str = "scanned"  # scanned: one layer is compiled, for any depth | unrolled: all are, to be faster on some machines
 
@@ -71,6 +72,7 @@ class Sampling:
     min_p: float = 0.0  # least probability that is left, as a share of the likeliest token's
     max_tokens: int = 32  # per sampled text, EOS included
     batch_size: int = 128  # rows decoded together
+    cache: str = "auto"  # keys and values are kept in the compute dtype | bfloat16 | int8: in half of that, less exactly
     gather: bool = True  # put weights split along fsdp together once; False: at every token, in less memory
 
 

@@ -35,6 +35,7 @@ class Request(NamedTuple):
     key: str  # of the noise: "<record id>/<turn>"
     context: str  # the text to continue
     temperature: float | None = None  # where it is not that of the sampling; 0: greedy
+    max_tokens: int | None = None  # where it is less than that of the sampling
 
 
 Chain = Generator[Request, dict | None, Any]
@@ -178,7 +179,7 @@ class Pool:
         self.held = [([], 0)] * sampling.batch_size  # tokens in each slot's own cache, and how many of the prefix before them
         self.asked, self.unread, self.counts = {}, [], Counter(read=len(prefix))
         self.prefix_ids = prefix
-        self.prefix = read_text(self.net, self.params, prefix, mesh) if prefix else None
+        self.prefix = read_text(self.net, self.params, prefix, mesh, sampling.cache) if prefix else None
 
     def own(self, ids: list[int]) -> int:
         """Where a context departs from the prefix; at least one token is its own."""
@@ -190,7 +191,7 @@ class Pool:
         read has padding behind it."""
         padded = tokens - (tokens - kept) % PIECE + bucket((tokens - kept) % PIECE)
         if (wanted := bucket(max(padded, tokens + self.sampling.max_tokens))) > self.room:
-            args = self.net, self.sampling.batch_size, wanted, self.sampling.max_tokens
+            args = self.net, self.sampling.batch_size, wanted, self.sampling.max_tokens, self.sampling.cache
             self.slots, self.room = grow(self.slots, wanted) if self.slots else new(*args), wanted
 
     def ask(self, slot: int, r: Request, fresh: bool = False) -> bool:
@@ -256,7 +257,10 @@ class Pool:
                 i, r = w * self.fill + j, self.asked[slot]
                 x["tokens_MT"][i, : len(ids)] = ids
                 x["lengths_M"][i], x["filled_M"][i], x["offset_M"][i] = len(ids), at, self.held[slot][1]
-                x["addresses_M2"][i], x["limit_M"][i] = record_key_data(self.stage, r.key), self.sampling.max_tokens
+                x["addresses_M2"][i], x["limit_M"][i] = (
+                    record_key_data(self.stage, r.key),
+                    r.max_tokens or self.sampling.max_tokens,
+                )
                 x["temperature_M"][i] = self.sampling.temperature if r.temperature is None else r.temperature
         reading = Reading(**put_batch(x, self.mesh))
         self.slots = read(self.net, self.params, self.prefix, self.slots, self.key, reading)

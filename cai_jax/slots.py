@@ -62,28 +62,29 @@ def serving(net: Transformer, params, gather: bool = True):
 prepare = jax.jit(serving, static_argnames=("net", "gather"))
 
 
-@partial(jax.jit, static_argnames=("net", "rows", "slots", "max_new"))
-def new(net: Transformer, rows: int, slots: int, max_new: int) -> Slots:
-    """B = `rows` slots that hold nothing, for S = `slots` tokens each, of which R = `max_new` may be sampled."""
+@partial(jax.jit, static_argnames=("net", "rows", "slots", "max_new", "cache"))
+def new(net: Transformer, rows: int, slots: int, max_new: int, cache: str = "auto") -> Slots:
+    """B = `rows` slots that hold nothing, for S = `slots` tokens each, of which R = `max_new` may be sampled. `cache`: how they
+    are kept (see config.Sampling)."""
     zero_B, zeros_BR = jnp.zeros(rows, jnp.int32), jnp.zeros((rows, max_new), jnp.int32)
     false_B, keys_B = zero_B > 0, jax.vmap(jax.random.key)(zero_B)
     x_BD = jnp.zeros((rows, net.cfg.width), net.dtype)
     asked = (keys_B, zero_B.astype(jnp.float32), zero_B)
     sampled = (zeros_BR, zeros_BR.astype(jnp.float32), zero_B)
-    layers = empty(net.cfg, rows, slots, net.dtype)
+    layers = empty(net.cfg, rows, slots, net.dtype if cache == "auto" else cache)
     return _laid_out(Slots(layers, zero_B, zero_B, x_BD, *asked, *sampled, zero_B, ~false_B, false_B, jnp.int32(0)))
 
 
 @partial(jax.jit, static_argnames="slots")
 def grow(old: Slots, slots: int) -> Slots:
     """The same with more room."""
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0)))  # noqa: E731
+    pad = lambda x: jnp.pad(x, [(0, slots - x.shape[2] if axis == 2 else 0) for axis in range(x.ndim)])  # noqa: E731
     return _laid_out(old._replace(layers=jax.tree.map(pad, old.layers)))
 
 
 def _laid_out(s: Slots) -> Slots:
     """What the host reads lies whole on every device, so that all processes decide alike."""
-    layers = jax.tree.map(lambda x: constrain(x, "batch", "model", None, None), s.layers)
+    layers = jax.tree.map(lambda x: constrain(x, "batch", "model", *[None] * (x.ndim - 2)), s.layers)
     named = {name: constrain(getattr(s, name), None, None) for name in ("tokens_BR", "logp_BR")}
     named |= {name: constrain(getattr(s, name), None) for name in ("count_B", "done_B", "finished_B")}
     return s._replace(layers=layers, x_BD=constrain(s.x_BD, "batch", None), **named)
@@ -133,31 +134,31 @@ def read(net: Transformer, params, prefix, slots: Slots, seed_key, new: Reading)
     return _laid_out(slots._replace(layers=jax.tree.map(place, slots.layers, layers), **placed))
 
 
-@partial(jax.jit, static_argnames=("net", "slots"))
-def read_prefix(net: Transformer, params, tokens_BT, layers, filled, slots: int = 0):
+@partial(jax.jit, static_argnames=("net", "slots", "cache"))
+def read_prefix(net: Transformer, params, tokens_BT, layers, filled, slots: int = 0, cache: str = "auto"):
     """One more piece of a text that rows will share, behind the `filled` tokens of it in `layers`, or as the first of `slots`.
     Rows are copies of one another, one for each part of the batch axes."""
     B = tokens_BT.shape[0]
-    layers = empty(net.cfg, B, slots, net.dtype) if layers is None else layers
+    layers = empty(net.cfg, B, slots, net.dtype if cache == "auto" else cache) if layers is None else layers
     filled_B = jnp.broadcast_to(filled, (B,))
     return net.apply({"params": params}, tokens_BT, Cache(layers, filled_B, jnp.zeros_like(filled_B)), method="extend")[1]
 
 
-def read_text(net: Transformer, params, ids: list[int], mesh):
+def read_text(net: Transformer, params, ids: list[int], mesh, cache: str = "auto"):
     """The keys and values of a text that rows share, as `Cache.prefix` has them."""
     layers, slots = None, len(ids) // PIECE * PIECE + (bucket(len(ids) % PIECE) if len(ids) % PIECE else 0)
     for at in range(0, len(ids), PIECE):
         piece = ids[at : at + PIECE]
         tokens = np.zeros((batch_ways(mesh), bucket(len(piece))), np.int32)
         tokens[:, : len(piece)] = piece
-        layers = read_prefix(net, params, put_batch({"x": tokens}, mesh)["x"], layers, jnp.int32(at), slots)
+        layers = read_prefix(net, params, put_batch({"x": tokens}, mesh)["x"], layers, jnp.int32(at), slots, cache)
     return first_row(layers)
 
 
 @jax.jit
 def first_row(layers):
     """A prefix as every row attends to it, [K, P, H]."""
-    return jax.tree.map(lambda x: constrain(x[0], "model", None, None), layers)
+    return jax.tree.map(lambda x: constrain(x[0], "model", *[None] * (x.ndim - 2)), layers)
 
 
 @partial(jax.jit, static_argnames=("net", "top_p", "top_k", "min_p"), donate_argnames="slots")
@@ -197,16 +198,17 @@ def _decode(net, params, prefix, slots: Slots, rules: Rules, until, top_p, top_k
     return jax.lax.while_loop(lambda s: jnp.sum(s.done_B) < until, one, slots)
 
 
-@partial(jax.jit, static_argnames=("net", "max_new", "gather"))
-def generate(net: Transformer, params, tokens_BP, lengths_B, keys_B, ends_E, temperature, *, max_new, gather=True) -> Sampled:
+@partial(jax.jit, static_argnames=("net", "max_new", "gather", "cache"))
+def generate(
+    net: Transformer, params, tokens_BP, lengths_B, keys_B, ends_E, temperature, *, max_new, gather=True, cache="auto"
+) -> Sampled:
     """Continues each row until one of `ends` or max_new (R) tokens, in one program: what PPO rolls out. Rows of length 0 are
     padding and yield nothing. net: a Transformer (it is run unrolled; params are stacked as stored); temperature 0: greedy."""
     B, P = tokens_BP.shape
     net, zero_B = net.clone(unrolled=True, remat="none"), jnp.zeros(B, jnp.int32)
     params = serving(net, params, gather)
-    slots = new(net, B, P + max_new, max_new)
-    cache = Cache(slots.layers, zero_B, zero_B)
-    x_BPD, layers = net.apply({"params": params}, tokens_BP, cache, method="extend")
+    slots = new(net, B, P + max_new, max_new, cache)
+    x_BPD, layers = net.apply({"params": params}, tokens_BP, Cache(slots.layers, zero_B, zero_B), method="extend")
     slots = slots._replace(
         layers=layers,
         filled_B=lengths_B,

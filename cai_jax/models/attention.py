@@ -64,19 +64,27 @@ def attend(q_BTNH, parts, mask_BTS, scale: float = 0.0, cap: float = 0.0):
     """Reference attention; softmax in float32. Heads N share keys and values in groups of N / K.
 
     parts: the keys and values seen, {"k", "v"} [B, K, s, H] each, or [K, s, H] where all rows see the same ones: those are
-    read once for all rows. S counts the parts' slots s in their order.
+    read once for all rows. S counts the parts' slots s in their order. What is kept in fewer bits (see cache.quantised) is
+    widened as it is read: scores are multiplied by the keys' scales, weights by the values'.
     """
     B, T, N, H = q_BTNH.shape
     K = parts[0]["k"].shape[-3]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     own = ["b" * (part["k"].ndim == 4) for part in parts]  # one letter less where the rows share
 
+    def scaled(x_BKGTs, part, name):
+        return x_BKGTs * part[name].reshape(-1, K, 1, 1, x_BKGTs.shape[-1]) if name in part else x_BKGTs
+
     def score(part, b):
-        return jnp.einsum(f"btkgh,{b}ksh->bkgts", q_BTKGH, part["k"], preferred_element_type=jnp.float32)
+        k = part["k"].astype(q_BTNH.dtype)
+        return scaled(jnp.einsum(f"btkgh,{b}ksh->bkgts", q_BTKGH, k, preferred_element_type=jnp.float32), part, "k_scale")
+
+    def read(weights, part, b):
+        weights = scaled(weights, part, "v_scale").astype(q_BTNH.dtype)
+        return jnp.einsum(f"bkgts,{b}ksh->btkgh", weights, part["v"].astype(q_BTNH.dtype))
 
     scores = jnp.concatenate([score(*x) for x in zip(parts, own, strict=True)], axis=-1) * (scale or H**-0.5)
     scores = jnp.where(mask_BTS[:, None, None], soft_cap(scores, cap), -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q_BTNH.dtype)
-    split = jnp.split(weights, np.cumsum([part["k"].shape[-2] for part in parts])[:-1], axis=-1)
-    read = [jnp.einsum(f"bkgts,{b}ksh->btkgh", w, part["v"]) for w, part, b in zip(split, parts, own, strict=True)]
-    return sum(read[1:], read[0]).reshape(B, T, N, H)
+    split = jnp.split(jax.nn.softmax(scores, axis=-1), np.cumsum([part["k"].shape[-2] for part in parts])[:-1], axis=-1)
+    out = [read(*x) for x in zip(split, parts, own, strict=True)]
+    return sum(out[1:], out[0]).reshape(B, T, N, H)

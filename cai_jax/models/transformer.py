@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from cai_jax.config import Lora
-from cai_jax.models.attention import Rope, attend, packed_mask, rope_turns, rotate, soft_cap
+from cai_jax.models import kernels
+from cai_jax.models.attention import Rope, packed_mask, rope_turns, rotate, soft_cap
 from cai_jax.models.cache import Cache, write
 from cai_jax.models.layers import Linear, Norm
 from cai_jax.sharding import constrain, path_name
@@ -63,6 +64,7 @@ class TransformerConfig:
     sliding: tuple[bool, ...] = ()  # per layer; (): none slides
     sliding_rope: Rope | None = None  # where it is another than the others'
     vocab_padding: int = 0  # rows of the embedding behind the vocabulary, for meshes that would not divide it
+    attention: str = "auto"  # --config.model.attention
     lora: Lora | None = None  # adapters beside the matrices of the layers; None, or of rank 0: none
 
 
@@ -71,7 +73,7 @@ class Attention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x_BTD, turns, mask_BTS, past):
+    def __call__(self, x_BTD, turns, mask_BTS, past, rows):
         c = self.cfg
         D, N, K, H = c.width, c.num_heads, c.num_kv_heads, c.head_dim
         bias = 2 * c.qkv_bias
@@ -81,11 +83,13 @@ class Attention(nn.Module):
         q, k = self.normed(q, "q_norm"), self.normed(k, "k_norm")
         q, k = rotate(q, turns), rotate(k, turns)
         q, k, v = (constrain(a, "batch", None, "model", None) for a in (q, k, v))
-        own, before = {"k": k.swapaxes(1, 2), "v": v.swapaxes(1, 2)}, []
-        if past is not None:
+        if past is None:
+            own, out = None, kernels.within(c, q, k, v, mask_BTS, rows)
+        else:
             prefix, layer, filled_B = past
-            own, before = write(layer, own, filled_B) if layer else own, [prefix] if prefix else []
-        out = attend(q, [*before, own], mask_BTS, c.query_scale, c.attention_cap)
+            own = {"k": k.swapaxes(1, 2), "v": v.swapaxes(1, 2)}
+            own = write(layer, own, filled_B) if layer else own
+            out = kernels.behind(c, q, prefix, own, mask_BTS, filled_B, rows.window)
         return Linear("btnh,nhd->btd", (N, H, D), N * H, self.dtype, int(c.out_bias), c.lora, name="o")(out), own
 
     def normed(self, x_BTNH, name: str):
@@ -113,13 +117,15 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """`sliding`: whether this layer is a sliding one; `turns` and `masks` hold a second entry for those. `past`: what the cache
-    holds of this layer (see models.cache), or None. -> (the block's output, {"k", "v"} with those of this call)."""
+    holds of this layer (see models.cache), or None. `ends`: see kernels.Rows. -> (the block's output, {"k", "v"} with those of
+    this call, or None without a past)."""
 
     cfg: TransformerConfig
     dtype: jnp.dtype
+    texts: str = "trees"
 
     @nn.compact
-    def __call__(self, x_BTD, past, sliding, turns, masks):
+    def __call__(self, x_BTD, past, sliding, turns, masks, ends_BT):
         c = self.cfg
 
         def norm(name, x, wanted):
@@ -130,11 +136,13 @@ class Block(nn.Module):
 
         start = x_BTD
         y = norm("attention_norm", x_BTD, c.norm_inputs)
-        y, seen = Attention(c, self.dtype, name="attention")(y, mine(turns), mine(masks), past)
+        traced = isinstance(sliding, jax.Array)  # one program for all layers: what they see, only a mask can say
+        rows = kernels.Rows() if traced else kernels.Rows(self.texts, ends_BT, c.window if sliding else 0)
+        y, seen = Attention(c, self.dtype, name="attention")(y, mine(turns), mine(masks), past, rows)
         x_BTD = x_BTD + norm("attention_out_norm", y, c.norm_outputs)
         y = norm("mlp_norm", start if c.parallel else x_BTD, c.norm_inputs)
         x_BTD = x_BTD + norm("mlp_out_norm", MLP(c, self.dtype, name="mlp")(y), c.norm_outputs)
-        return constrain(x_BTD, "batch", None, None), None if past is None else seen
+        return constrain(x_BTD, "batch", None, None), seen
 
 
 class Embed(nn.Module):
@@ -154,25 +162,28 @@ class Embed(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`unrolled`: the layers' parameters are `layers_0`, `layers_1`, ... (see `unstack`) instead of one stack `layers`."""
+    """`unrolled`: the layers' parameters are `layers_0`, `layers_1`, ... (see `unstack`) instead of one stack `layers`.
+    `texts`: what rows hold at most (see kernels.TEXTS); the less it is, the less kernels must ask the mask."""
 
     cfg: TransformerConfig
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
     unrolled: bool = False
+    texts: str = "trees"
 
     def setup(self):
         c = self.cfg
-        if self.remat not in REMAT:
-            raise ValueError(f"remat={self.remat!r}: wanted one of {', '.join(REMAT)}")
+        for name, known in (("remat", REMAT), ("texts", kernels.TEXTS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r}: wanted one of {', '.join(known)}")
         block = REMAT[self.remat](Block, prevent_cse=self.unrolled)
         self.embed = Embed(c, self.dtype)
         if self.unrolled:
-            self.blocks = [block(c, self.dtype, name=f"layers_{i}") for i in range(c.num_layers)]
+            self.blocks = [block(c, self.dtype, self.texts, name=f"layers_{i}") for i in range(c.num_layers)]
         else:
-            axes = {"in_axes": (nn.broadcast, 0, *[nn.broadcast] * 2), "out_axes": 0, "length": c.num_layers}
+            axes = {"in_axes": (nn.broadcast, 0, *[nn.broadcast] * 3), "out_axes": 0, "length": c.num_layers}
             scanned = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, **axes)
-            self.layers = scanned(c, self.dtype)
+            self.layers = scanned(c, self.dtype, self.texts)
         self.final_norm = Norm(c.norm, c.norm_eps)
         if not c.tied_embeddings:
             shape = (c.width, c.vocab_size + c.vocab_padding)
@@ -180,7 +191,7 @@ class Transformer(nn.Module):
 
     def __call__(self, tokens_BT, positions_BT, ends_BT):
         """Hidden states [B, T, D] of whole texts after the final norm. `ends`: see attention.packed_mask."""
-        return self.run(tokens_BT, positions_BT, packed_mask(ends_BT), positions_BT)[0]
+        return self.run(tokens_BT, positions_BT, packed_mask(ends_BT), positions_BT, ends_BT=ends_BT)[0]
 
     def beside(self, tokens_BT, positions_BT, ends_BT, prefix, offset):
         """The same of texts that begin with `offset` tokens of `prefix` (see models.cache) before their own. Only unrolled."""
@@ -198,8 +209,8 @@ class Transformer(nn.Module):
         at_BT = cache.filled_B[:, None] + jnp.arange(tokens_BT.shape[1])[None]
         return self.run(tokens_BT, cache.offset_B[:, None] + at_BT, *cache.seen(at_BT), cache)
 
-    def run(self, tokens_BT, positions_BT, mask_BTS, keys_BS, cache=None):
-        """`keys_BS`: the positions of what is attended to, which sliding layers ask for."""
+    def run(self, tokens_BT, positions_BT, mask_BTS, keys_BS, cache=None, ends_BT=None):
+        """`keys_BS`: the positions of what is attended to, which sliding layers ask for. `ends`: see kernels.Rows."""
         c = self.cfg
         x_BTD = constrain(self.embed(tokens_BT), "batch", None, None)
         masks, turns = (mask_BTS,), (rope_turns(c.rope, c.head_dim, positions_BT),)
@@ -209,11 +220,11 @@ class Transformer(nn.Module):
                 turns += (rope_turns(c.sliding_rope, c.head_dim, positions_BT),)
         if not self.unrolled:
             sliding_L = jnp.array(c.sliding) if any(c.sliding) else None
-            return self.final_norm(self.layers(x_BTD, None, sliding_L, turns, masks)[0]), None
+            return self.final_norm(self.layers(x_BTD, None, sliding_L, turns, masks, ends_BT)[0]), None
         layers = []
         for i, block in enumerate(self.blocks):
             past = cache and (cache.prefix and cache.prefix[i], cache.layers[i], cache.filled_B)
-            x_BTD, layer = block(x_BTD, past, bool(c.sliding) and c.sliding[i], turns, masks)
+            x_BTD, layer = block(x_BTD, past, c.sliding[i] if any(c.sliding) else None, turns, masks, ends_BT)
             layers.append(layer)
         return self.final_norm(x_BTD), tuple(layers)
 

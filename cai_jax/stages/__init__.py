@@ -8,6 +8,7 @@ frozen. So the models of a run are a tree, and `origin` is its table.
 
 import json
 import zlib
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -238,7 +239,8 @@ def _fitting(cfg: Config, name: str, tok) -> TransformerConfig:
 
 
 def _arch(cfg: Config, name: str) -> TransformerConfig:
-    return hf.padded(hf.read_config(checkpoint(cfg, name).path), cfg.model.vocab_multiple)
+    arch = hf.padded(hf.read_config(checkpoint(cfg, name).path), cfg.model.vocab_multiple)
+    return replace(arch, attention=cfg.model.attention)
 
 
 def root(cfg: Config, name: str) -> str:
