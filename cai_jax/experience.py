@@ -43,10 +43,10 @@ def policy_and_value(net, params, batch, temperature: float):
     """Log-probs, entropies and values of the response positions, each [B, R] in float32."""
     R = batch["response"].shape[1]
     rows = row_batch(batch["joined"], batch["lengths"] + batch["response_lengths"])
-    hidden = before_each(hidden_states(net, params["policy"], rows), batch["lengths"], R)
+    hidden = before_each(hidden_states(net, params["policy"], rows, "alone"), batch["lengths"], R)
     logp, entropy = target_logprobs(net, params["policy"], hidden, batch["response"], temperature)
     if "trunk" in params["value"]:
-        hidden = before_each(hidden_states(net, params["value"]["trunk"], rows), batch["lengths"], R)
+        hidden = before_each(hidden_states(net, params["value"]["trunk"], rows, "alone"), batch["lengths"], R)
     return logp, entropy, apply_head(params["value"]["head"], hidden)
 
 

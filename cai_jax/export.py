@@ -171,4 +171,4 @@ def _theirs(out: Path, name: str, tokens: np.ndarray) -> np.ndarray:
 
 @partial(jax.jit, static_argnums=0)
 def _logits(net, params, tokens, lengths):
-    return net.apply({"params": params}, hidden_states(net, params, row_batch(tokens, lengths)), method="logits")
+    return net.apply({"params": params}, hidden_states(net, params, row_batch(tokens, lengths), "alone"), method="logits")

@@ -22,9 +22,10 @@ from cai_jax.workdir import InputError, raise_if_stopping
 TREE = 1024  # tokens of a tree: a larger one would share more and compare more in vain
 
 
-def hidden_states(net: Transformer, params, batch):
+def hidden_states(net: Transformer, params, batch, texts: str = "trees"):
     """Final hidden states [B, T, D] of a batch with tokens, positions and ends (see attention.packed_mask). Parameters are
-    stacked, also for an unrolled network."""
+    stacked, also for an unrolled network. `texts`: what a row holds, which kernels may ask (see kernels.TEXTS)."""
+    net = net.clone(texts=texts)
     params = unstack(params, net.cfg.num_layers) if net.unrolled else params
     return net.apply({"params": params}, batch["tokens"], batch["positions"], batch["ends"])
 
@@ -107,6 +108,6 @@ def averaged_preference(logp_ab, logp_ba):
 
 def reward_scores(net: Transformer, params, tokens_BT, lengths_B):
     """Scores of whole conversations, read at each row's last token. params {"trunk", "head"}. -> float32 [B]."""
-    hidden = hidden_states(net, params["trunk"], row_batch(tokens_BT, lengths_B))
+    hidden = hidden_states(net, params["trunk"], row_batch(tokens_BT, lengths_B), "alone")
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)[:, 0]
     return apply_head(params["head"], last)

@@ -16,14 +16,17 @@ from jax.sharding import NamedSharding
 from cai_jax import stages
 from cai_jax.checks import ConfigError, resolve
 from cai_jax.config import default
+from cai_jax.experience import policy_and_value
 from cai_jax.models import kernels
 from cai_jax.models.attention import packed_mask
 from cai_jax.models.cache import Cache, empty
 from cai_jax.models.kernels import Rows, choose, paged
 from cai_jax.models.transformer import Transformer, cast_matrices, init_params, unstack
-from cai_jax.score import hidden_states
+from cai_jax.score import hidden_states, reward_scores, row_batch
 from cai_jax.sharding import BATCH, P, make_mesh, path_name, shardings
 from cai_jax.slots import Rules, decode, new, serving
+from cai_jax.stages import dpo, reward
+from cai_jax.train import language_model_loss
 
 F32, BF16 = jnp.float32, jnp.bfloat16
 
@@ -360,3 +363,31 @@ def test_a_decode_step_on_tpus_keeps_the_cache_where_it_is(cache, monkeypatch):
     assert text.count("tpu_custom_call") == (2 if cache == "auto" else 0)
     if cache == "auto":
         assert train.lower().compile().as_text().count("tpu_custom_call") >= 6
+
+
+def test_kernels_are_told_no_less_than_what_rows_hold(monkeypatch):
+    """On a CPU all is one; where a kernel runs, a tree taken for texts one after another would see what it must not."""
+    told, plain = [], kernels.within
+    monkeypatch.setattr(kernels, "within", lambda *args: (told.append(args[-1].texts), plain(*args))[1])
+    net, params = tiny.net(), jax.tree.map(jnp.asarray, tiny.params())
+    head = {"kernel": jnp.ones((32, 1)), "bias": jnp.zeros(1)}
+    tokens, lengths = (jnp.asarray(x) for x in tiny.rows([8, 5], 8))
+    rows = row_batch(tokens, lengths) | {"targets": tokens, "weights": jnp.ones((2, 8))}
+    rollout = {"joined": tokens, "lengths": lengths - 2, "response": tokens[:, :2], "response_lengths": jnp.full(2, 2)}
+    pair = {"last": jnp.zeros((2, 1, 2), jnp.int32), "at": tokens * 0, "next": tokens, "owner": tokens * 0}
+    cases = {
+        "packed": [lambda: language_model_loss(net)(params, rows, None)],
+        "alone": [
+            lambda: policy_and_value(net, {"policy": params, "value": {"head": head, "trunk": params}}, rollout, 1.0),
+            lambda: reward_scores(net, {"trunk": params, "head": head}, tokens, lengths),
+        ],
+        "trees": [
+            lambda: reward.pair_scores(net, {"trunk": params, "head": head}, rows | pair),
+            lambda: dpo.response_logprobs(net, params, rows | pair),
+        ],
+    }
+    for texts, calls in cases.items():
+        for call in calls:
+            told.clear()
+            jax.eval_shape(call)
+            assert told and set(told) == {texts}

@@ -156,6 +156,7 @@ def iteration(cfg: Config, mesh, state: PPOState, step, frozen: Frozen, pool, ke
         jnp.float32(c.sampling.temperature),
         max_new=c.sampling.max_tokens,
         gather=c.sampling.gather,
+        cache=c.sampling.cache,
     )
     jax.block_until_ready(out)
     clock.append(time.monotonic())
