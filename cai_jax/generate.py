@@ -62,14 +62,14 @@ def sample_texts(
     Requests that follow one another and have much of their contexts in common share a slot and its cache.
     """
     ids = [lm.tok.prompt(r.context) for r in requests]
+    for r, row in zip(requests, ids, strict=True):
+        require_room(lm, r, row, sampling, journal)
     first = len(common(ids))
 
     def chain(group: list[Request]) -> Chain:
         out = []
         for r in group:
             out.append((yield r))
-            if out[-1] is None:
-                raise too_long(lm, r, sampling, journal)
         return out
 
     groups: list[list[Request]] = []
@@ -84,11 +84,13 @@ def sample_texts(
     return [answer for key in chains for answer in done[key]]
 
 
-def too_long(lm: LM, r: Request, sampling: Sampling, journal: Journal) -> InputError:
-    return InputError(
-        f"record {r.key!r}: its prompt of {len(lm.tok.prompt(r.context))} tokens and {sampling.max_tokens} new ones pass the "
-        f"model's context of {lm.cfg.max_length}; shorten the prompt or --config.{journal.path.parent.name}.sampling.max_tokens"
-    )
+def require_room(lm: LM, r: Request, ids: list[int], sampling: Sampling, journal: Journal) -> None:
+    """Raises InputError when the model's context does not hold a request and its answer."""
+    if len(ids) + sampling.max_tokens > lm.cfg.max_length:
+        raise InputError(
+            f"record {r.key!r}: its prompt of {len(ids)} tokens and {sampling.max_tokens} new ones pass the model's "
+            f"context of {lm.cfg.max_length}; shorten the prompt or --config.{journal.path.parent.name}.sampling.max_tokens"
+        )
 
 
 def sample_chains(
@@ -116,8 +118,7 @@ def sample_chains(
     first = {key: next(chain) for key, chain in chains.items()}
     ids = {key: lm.tok.prompt(r.context) for key, r in first.items()}
     for key, r in first.items():
-        if len(ids[key]) + sampling.max_tokens > lm.cfg.max_length:
-            raise too_long(lm, r, sampling, journal)
+        require_room(lm, r, ids[key], sampling, journal)
     waiting = sorted(chains.keys() - journal.done.keys(), key=lambda k: (bucket(len(ids[k])), len(ids[k]), k))
     if waiting:
         begins = lm.tok.prompt(prefix) if prefix else common(list(ids.values()))
@@ -257,10 +258,8 @@ class Pool:
                 i, r = w * self.fill + j, self.asked[slot]
                 x["tokens_MT"][i, : len(ids)] = ids
                 x["lengths_M"][i], x["filled_M"][i], x["offset_M"][i] = len(ids), at, self.held[slot][1]
-                x["addresses_M2"][i], x["limit_M"][i] = (
-                    record_key_data(self.stage, r.key),
-                    r.max_tokens or self.sampling.max_tokens,
-                )
+                x["addresses_M2"][i] = record_key_data(self.stage, r.key)
+                x["limit_M"][i] = min(r.max_tokens or self.sampling.max_tokens, self.sampling.max_tokens)
                 x["temperature_M"][i] = self.sampling.temperature if r.temperature is None else r.temperature
         reading = Reading(**put_batch(x, self.mesh))
         self.slots = read(self.net, self.params, self.prefix, self.slots, self.key, reading)

@@ -132,8 +132,10 @@ def test_temperature_zero_is_greedy_whatever_the_seed(mesh1, tmp_path):
 
 
 def test_a_prompt_too_long_for_the_model_names_record_and_flag(mesh1, tmp_path):
+    """Also the second of two that would share a slot: before anything is sampled."""
     with pytest.raises(InputError, match=r"'long/0'.* of 121 tokens and 8 new .* of 128.*--config.critique.*max_tokens"):
-        texts(mesh1, tmp_path, [Request("long/0", "x" * 121)])
+        texts(mesh1, tmp_path, [Request("short/0", "x" * 120), Request("long/0", "x" * 121)])
+    assert (tmp_path / "critique" / "journal.jsonl").read_bytes() == b""
 
 
 def test_a_text_ends_where_the_model_starts_another_turn(mesh1, tmp_path, monkeypatch):
