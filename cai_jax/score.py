@@ -83,7 +83,7 @@ def option_logprobs(lm: LM, contexts: list[str], batch_size: int, mesh, name: st
     for row, wanted in enumerate(asked):
         rows["at"][row, : len(wanted)], rows["next"][row, : len(wanted)] = [w[0] for w in wanted], [w[1] for w in wanted]
     out = np.zeros(len(texts))
-    net, params = lm.net(unrolled=True), prepare(lm.net(), lm.params)
+    net, params = lm.net(unrolled=True), prepare(lm.net(), lm.params, decoding=False)
     prefix = read_text(net, params, before, mesh) if before else None
     with Progress(name, count, 0, "row") as progress:
         for i in range(0, count, batch_size):

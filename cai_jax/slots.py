@@ -14,6 +14,8 @@ import numpy as np
 
 from cai_jax.data import bucket
 from cai_jax.models.cache import Cache, empty
+from cai_jax.models.kernels import machine
+from cai_jax.models.layers import turned
 from cai_jax.models.transformer import Transformer, cast_matrices, unstack
 from cai_jax.sampling import choose, record_keys
 from cai_jax.sharding import batch_ways, by_part, constrain, gather_split, put_batch
@@ -52,14 +54,16 @@ class Rules(NamedTuple):
     stops_CV: jax.Array  # see stops.stop_table
 
 
-def serving(net: Transformer, params, gather: bool = True):
+def serving(net: Transformer, params, gather: bool = True, decoding: bool = True):
     """Parameters as `read` and `decode` take them: matrices in the compute dtype, layers apart. `gather`: what is split along
-    fsdp is put together, once instead of at every token; a device must hold that."""
+    fsdp is put together, once instead of at every token; a device must hold that. `decoding`: most products will have few
+    rows, for which a CPU takes turned matrices."""
     params = unstack(cast_matrices(params, net.dtype), net.cfg.num_layers)
-    return gather_split(params) if gather else params
+    params = gather_split(params) if gather else params
+    return turned(params) if decoding and machine() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1 else params
 
 
-prepare = jax.jit(serving, static_argnames=("net", "gather"))
+prepare = jax.jit(serving, static_argnames=("net", "gather", "decoding"))
 
 
 @partial(jax.jit, static_argnames=("net", "rows", "slots", "max_new", "cache"))

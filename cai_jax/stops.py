@@ -5,6 +5,7 @@ token. The decoded text (prompts.read_back) stays the authority; this only saves
 """
 
 import re
+from functools import lru_cache
 
 import numpy as np
 
@@ -23,6 +24,7 @@ SHOWN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 BYTE_OF = {chr(b): b for b in SHOWN} | {chr(0x100 + i): b for i, b in enumerate(sorted({*range(256)} - {*SHOWN}))}
 
 
+@lru_cache(maxsize=8)  # a large vocabulary takes seconds, and every call of the sampler asks
 def stop_table(tok: Tokenizer, strings: tuple[str, ...]) -> np.ndarray:
     """Where each token leads from each state: [states, V] of the smallest unsigned dtype, V = tok.vocab_size.
 
@@ -54,6 +56,7 @@ def stop_table(tok: Tokenizer, strings: tuple[str, ...]) -> np.ndarray:
 
     silent = np.flatnonzero([not text for text in inner])
     table[:, silent] = np.arange(found + 1)[:, None]
+    table.flags.writeable = False  # it is everybody's
     return table
 
 

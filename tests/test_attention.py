@@ -323,7 +323,7 @@ def traced(mesh, cache="auto"):
 
     def loss(params, ends_BT):
         batch = {"tokens": ends_BT % 98, "positions": ends_BT % 7, "ends": ends_BT}
-        both = (hidden_states(net.clone(texts=texts), params, batch) for texts in ("trees", "packed"))
+        both = (hidden_states(net, params, batch, texts) for texts in ("trees", "packed"))
         return sum(jnp.sum(x.astype(F32) ** 2) for x in both)
 
     served = laid_out(jax.eval_shape(partial(serving, net), params), lambda *_: P(), mesh)

@@ -80,8 +80,8 @@ def test_a_table_says_who_took_how_long_and_whether_it_did_the_same():
         return {"seconds": seconds, "tokens": 100, "check": check}
 
     rounds = [
-        {"ours": answer(1.0, 5.0), "a": answer(2.0, 5.001), "b": answer(4.0, 5.1)},
-        {"ours": answer(2.0, 5.0), "a": answer(6.0, 5.001), "b": answer(4.0, 5.1)},
+        {"ours": answer(1.0, 5.0), "a": answer(2.0, 5.0001), "b": answer(4.0, 5.1)},
+        {"ours": answer(2.0, 5.0), "a": answer(6.0, 5.0001), "b": answer(4.0, 5.1)},
     ]
     assert table.rows(rounds) == [
         ["ours", "1.5", "66.67 tokens", "", ""],

@@ -1,6 +1,7 @@
 """The decoder: who sees whom, each part against a plain reference, and every way of running it against the others."""
 
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -10,13 +11,17 @@ import pytest
 import tiny
 from jax.sharding import PartitionSpec as P
 
+from cai_jax import slots
+from cai_jax.config import Lora
 from cai_jax.data import pack
+from cai_jax.models import layers
 from cai_jax.models.attention import Rope, attend, packed_mask, rope_turns, rotate
 from cai_jax.models.cache import Cache, empty
 from cai_jax.models.transformer import REMAT, init_params, unstack
 from cai_jax.records import Drops
 from cai_jax.score import hidden_states, row_batch
-from cai_jax.sharding import put_batch
+from cai_jax.sharding import path_name, put_batch
+from cai_jax.slots import serving
 
 PACKED = {  # one row: five tokens, four tokens, three of padding; no token stands twice
     "tokens": np.arange(2, 14)[None].astype(np.int32),
@@ -205,6 +210,43 @@ def test_lesson_25_decoding_with_a_cache_equals_the_full_forward_at_every_positi
     out, _ = decoded(other, Cache(junk, none, jnp.array([4, 0]), prefix))
     np.testing.assert_allclose(out[0], full[0, 4:], atol=2e-5)
     np.testing.assert_allclose(out[1], full[1, : T - 4], atol=2e-5)
+
+
+def test_turned_matrices_are_the_same_function_for_few_rows_and_for_many(monkeypatch):
+    """With biases, heads that share keys, and adapters. Six rows, to which a FEW of 6 are few and of 5 many."""
+    monkeypatch.setattr(layers, "LARGE", 0)
+    cfg = replace(tiny.UNTIED, qkv_bias=True, out_bias=True, mlp_bias=True, num_kv_heads=1, lora=Lora(rank=2))
+    net, params = tiny.net(cfg, unrolled=True), unstack(tiny.params(cfg), 2)
+    other = layers.turned(params)
+    names = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(other)}
+    assert "unembed/turned" in names and not any(name.endswith("kernel") for name in names)
+    batch = row_batch(*tiny.rows([3, 2], 3, seed=8))
+
+    def run(params):
+        return net.apply({"params": params}, *batch.values(), method="both")
+
+    wanted = run(params)
+    for few, products in ((6, 15), (5, 0)):
+        monkeypatch.setattr(layers, "FEW", few)
+        program = jax.make_jaxpr(lambda params: run(params))(other).jaxpr  # a function of its own, for it is traced once
+        assert sum(e.primitive.name == "optimization_barrier" for e in tiny.equations(program)) == products
+        np.testing.assert_allclose(run(other), wanted, atol=1e-5)
+
+
+def test_matrices_are_turned_for_decoding_on_one_cpu_alone(monkeypatch, mesh1, mesh8):
+    monkeypatch.setattr(layers, "LARGE", 32 * 64)
+
+    def made(mesh, **options):
+        with jax.set_mesh(mesh):
+            tree = jax.eval_shape(partial(serving, tiny.net(), **options), tiny.params())
+        return {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree) if "layers_0" in path_name(path)}
+
+    turned = {name for name in made(mesh1) if name.endswith("turned")}
+    assert turned == {f"layers_0/mlp/{name}/turned" for name in ("gate", "up", "down")}
+    for names in (made(mesh8), made(mesh1, decoding=False)):
+        assert not any(name.endswith("turned") for name in names)
+    monkeypatch.setattr(slots, "machine", lambda: "tpu")
+    assert not any(name.endswith("turned") for name in made(mesh1))
 
 
 def test_padding_is_never_seen():

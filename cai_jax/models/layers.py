@@ -9,6 +9,28 @@ from flax import linen as nn
 from cai_jax.config import Lora
 from cai_jax.sharding import constrain
 
+LARGE = 2**18  # numbers of a matrix from which on it is turned: less stays in the cache of a core
+FEW = 128  # rows up to which a turned matrix stands on the left
+
+
+def turned(params):
+    """Parameters of an unrolled model for decoding on a CPU: large kernels as "turned", their outputs before their inputs.
+
+    A product begins by copying the matrix into blocks, which for few rows is most of its time and goes faster for a left
+    operand: 16 rows take three quarters of the time (XLA 0.10, width 768).
+    """
+
+    def one(name: str, layer):
+        if not isinstance(layer, dict):
+            return layer
+        kernel = layer.get("kernel")
+        if kernel is None or kernel.size < LARGE:
+            return {key: one(key, x) for key, x in layer.items()}
+        axes = (2, 0, 1) if name == "o" else (*range(1, kernel.ndim), 0)  # "o" sums over two
+        return {key: x for key, x in layer.items() if key != "kernel"} | {"turned": kernel.transpose(axes)}
+
+    return one("", params)
+
 
 class Linear(nn.Module):
     """An einsum with a kernel that is cast to `dtype` where it is used, and beside it an adapter where `lora` targets this
@@ -24,14 +46,27 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.param("kernel", nn.initializers.normal(self.fan_in**-0.5), self.shape, jnp.float32)
-        y = jnp.einsum(self.equation, x, kernel.astype(self.dtype), preferred_element_type=self.out)
+        if self.has_variable("params", "turned"):
+            y = self.times_turned(x, self.get_variable("params", "turned"))
+        else:
+            kernel = self.param("kernel", nn.initializers.normal(self.fan_in**-0.5), self.shape, jnp.float32)
+            y = jnp.einsum(self.equation, x, kernel.astype(self.dtype), preferred_element_type=self.out)
         if self.lora and self.lora.rank and re.search(self.lora.targets, "/".join(self.path[-2:])):
             y = y + self.adapter(x)
         if not self.bias:
             return y
         bias = self.param("bias", nn.initializers.zeros, self.shape[-self.bias :], jnp.float32)
         return y + bias.astype(self.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+
+    def times_turned(self, x, matrix):
+        """The same product with a matrix of `turned`."""
+        x_bt, kernel, result = re.split(",|->", self.equation)
+        inputs, outputs = kernel[: x.ndim - 2], kernel[x.ndim - 2 :]
+        if x.shape[0] * x.shape[1] > FEW:
+            return jnp.einsum(f"{x_bt},{outputs}{inputs}->{result}", x, matrix, preferred_element_type=self.out)
+        y = jnp.einsum(f"{outputs}{inputs},{x_bt}->{outputs}bt", matrix, x, preferred_element_type=self.out)
+        # Without the barrier XLA makes one product of both steps again, with the matrix on the right.
+        return jnp.moveaxis(jax.lax.optimization_barrier(y), (-2, -1), (0, 1))
 
     def adapter(self, x):
         """(alpha / rank) x A B, which starts at zero (2106.09685, section 4.1). A: [inputs..., r], B: [r, outputs...]."""

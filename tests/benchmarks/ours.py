@@ -26,7 +26,7 @@ from cai_jax.sharding import batch_ways, make_mesh, put_batch
 from cai_jax.stages import dpo, ppo, reward
 
 LAYERS = {"unrolled": False}  # of training, as --config.model.layers=scanned
-RATE = Optimizer(learning_rate=1e-6, final_ratio=1.0)  # small, so that losses after some steps can be compared
+RATE = Optimizer(learning_rate=1e-9, final_ratio=1.0)  # no weight moves, so that everybody's losses stay comparable
 
 
 class Endless(tokenizer.Tokenizer):

@@ -11,6 +11,7 @@ from pathlib import Path
 if "ppo" in sys.argv:
     sys.path.insert(0, str(Path(sys.prefix).parent / "trl-ppo"))
 
+import numpy as np
 import torch
 import work
 from datasets import Dataset
@@ -31,7 +32,7 @@ def arguments(job: Job, rows: int) -> dict:
     return {
         "output_dir": str(job.folder / "trl"),
         "per_device_train_batch_size": rows,
-        "learning_rate": 1e-6,  # small, so that losses after some steps can be compared
+        "learning_rate": 1e-9,  # no weight moves, so that everybody's losses stay comparable
         "use_cpu": True,
         "bf16": False,
         "gradient_checkpointing": False,
@@ -64,8 +65,8 @@ class Passes(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.steps == 0:
-            losses, self.losses = self.losses, []
-            check = {"check": sum(losses) / len(losses)} if losses else {}
+            (losses, counts), self.losses = zip(*self.losses, strict=True) if self.losses else ((), ()), []
+            check = {"check": float(np.average(losses, weights=counts))} if losses else {}
             self.turns.turn(tokens=self.tokens, steps=self.steps, **check)
 
 
@@ -73,9 +74,10 @@ def train(trainer_class, job: Job, turns, config, model, data: Dataset, tokens: 
     """trainer_class's own loop, forever."""
 
     class Trainer(trainer_class):
-        def training_step(self, *args, **kwargs):
-            loss = super().training_step(*args, **kwargs)
-            passes.losses.append(loss.item())
+        def training_step(self, model, inputs, *args, **kwargs):
+            count = (inputs["labels"][:, 1:] >= 0).sum().item() if "labels" in inputs else 1  # of tokens, or of equal steps
+            loss = super().training_step(model, inputs, *args, **kwargs)
+            passes.losses.append((loss.item(), count))
             return loss
 
     trainer = Trainer(

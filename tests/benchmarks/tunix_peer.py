@@ -104,7 +104,7 @@ class Scored(nnx.Module):
 def ppo(job: Job, turns):
     s = job.sizes
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)  # under JAX's default it raises
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6))
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-9))
     training = rl_cluster.RLTrainingConfig(
         actor_optimizer=tx, critic_optimizer=tx, mini_batch_size=s.rows, eval_every_n_steps=FOREVER, max_steps=FOREVER
     )

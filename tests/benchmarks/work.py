@@ -183,7 +183,9 @@ def pairs(s: Sizes, case: str) -> list[tuple[list[int], list[int], list[int]]]:
     for i, (a, b) in enumerate(lengths.reshape(-1, 2)):
         prompt = _tokens(s.shape, f"{case} {i} prompt", a // 2).tolist()
         a, b = (max(n - len(prompt), 2) for n in (a, b))
-        out.append((prompt, *(_tokens(s.shape, f"{case} {i} {n}", n - 1).tolist() + [END] for n in (a, b))))
+        out.append(
+            (prompt, *(_tokens(s.shape, f"{case} {i} {side}", n - 1).tolist() + [END] for side, n in (("a", a), ("b", b))))
+        )
     return out
 
 
