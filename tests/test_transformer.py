@@ -225,12 +225,13 @@ def test_turned_matrices_are_the_same_function_for_few_rows_and_for_many(monkeyp
     def run(params):
         return net.apply({"params": params}, *batch.values(), method="both")
 
-    wanted = run(params)
-    for few, products in ((6, 15), (5, 0)):
+    wanted, barriers = run(params), []
+    for few in (6, 5):
         monkeypatch.setattr(layers, "FEW", few)
         program = jax.make_jaxpr(lambda params: run(params))(other).jaxpr  # a function of its own, for it is traced once
-        assert sum(e.primitive.name == "optimization_barrier" for e in tiny.equations(program)) == products
+        barriers.append(sum(e.primitive.name == "optimization_barrier" for e in tiny.equations(program)))
         np.testing.assert_allclose(run(other), wanted, atol=1e-5)
+    assert barriers[0] == barriers[1] + 15  # one for each product of few rows
 
 
 def test_matrices_are_turned_for_decoding_on_one_cpu_alone(monkeypatch, mesh1, mesh8):

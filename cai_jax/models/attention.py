@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+QUERIES = 256  # that attend together: their scores stay in a cache, and keys behind them all are left out
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -60,31 +62,45 @@ def soft_cap(x, cap: float):
     return cap * jnp.tanh(x / cap) if cap else x
 
 
-def attend(q_BTNH, parts, mask_BTS, scale: float = 0.0, cap: float = 0.0):
+def attend(q_BTNH, parts, mask_BTS, scale: float = 0.0, cap: float = 0.0, causal: bool = False):
     """Reference attention; softmax in float32. Heads N share keys and values in groups of N / K.
 
     parts: the keys and values seen, {"k", "v"} [B, K, s, H] each, or [K, s, H] where all rows see the same ones: those are
     read once for all rows. S counts the parts' slots s in their order. What is kept in fewer bits (see cache.quantised) is
-    widened as it is read: scores are multiplied by the keys' scales, weights by the values'.
+    widened as it is read: scores are multiplied by the keys' scales, weights by the values'. `causal`: the last part is the
+    tokens' own, in full bits, and the mask lets none see one behind it.
     """
     B, T, N, H = q_BTNH.shape
-    K = parts[0]["k"].shape[-3]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    S, K = mask_BTS.shape[2], parts[0]["k"].shape[-3]
+    q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    blocks = []
+    for i in range(0, T, QUERIES):
+        j = min(i + QUERIES, T)
+        end = S - (T - j if causal else 0)
+        seen = [*parts[:-1], {name: x[..., :j, :] for name, x in parts[-1].items()}] if causal else parts
+        blocks.append(_attend(q_BKGTH[:, :, :, i:j], seen, mask_BTS[:, i:j, :end], scale or H**-0.5, cap))
+    # Without the barrier XLA's CPU backend multiplies straight into the order of the result, which takes three times as long.
+    out_BKGTH = jax.lax.optimization_barrier(jnp.concatenate(blocks, axis=3))
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def _attend(q_BKGTH, parts, mask_BTS, scale: float, cap: float):
     own = ["b" * (part["k"].ndim == 4) for part in parts]  # one letter less where the rows share
+    dtype = q_BKGTH.dtype
 
     def scaled(x_BKGTs, part, name):
-        return x_BKGTs * part[name].reshape(-1, K, 1, 1, x_BKGTs.shape[-1]) if name in part else x_BKGTs
+        return x_BKGTs * part[name].reshape(-1, part[name].shape[-2], 1, 1, x_BKGTs.shape[-1]) if name in part else x_BKGTs
 
     def score(part, b):
-        k = part["k"].astype(q_BTNH.dtype)
-        return scaled(jnp.einsum(f"btkgh,{b}ksh->bkgts", q_BTKGH, k, preferred_element_type=jnp.float32), part, "k_scale")
+        k = part["k"].astype(dtype)
+        return scaled(jnp.einsum(f"bkgth,{b}ksh->bkgts", q_BKGTH, k, preferred_element_type=jnp.float32), part, "k_scale")
 
     def read(weights, part, b):
-        weights = scaled(weights, part, "v_scale").astype(q_BTNH.dtype)
-        return jnp.einsum(f"bkgts,{b}ksh->btkgh", weights, part["v"].astype(q_BTNH.dtype))
+        weights = scaled(weights, part, "v_scale").astype(dtype)
+        return jnp.einsum(f"bkgts,{b}ksh->bkgth", weights, part["v"].astype(dtype))
 
-    scores = jnp.concatenate([score(*x) for x in zip(parts, own, strict=True)], axis=-1) * (scale or H**-0.5)
+    scores = jnp.concatenate([score(*x) for x in zip(parts, own, strict=True)], axis=-1) * scale
     scores = jnp.where(mask_BTS[:, None, None], soft_cap(scores, cap), -1e30)
     split = jnp.split(jax.nn.softmax(scores, axis=-1), np.cumsum([part["k"].shape[-2] for part in parts])[:-1], axis=-1)
     out = [read(*x) for x in zip(split, parts, own, strict=True)]
-    return sum(out[1:], out[0]).reshape(B, T, N, H)
+    return sum(out[1:], out[0])

@@ -68,18 +68,21 @@ def within(cfg, q_BTNH, k_BTKH, v_BTKH, mask_BTT, rows: Rows):
         return _cudnn(q_BTNH, k_BTKH, v_BTKH, mask_BTT, rows, scale)
     if by == "splash":
         return _splash(q_BTNH * scale, k_BTKH, v_BTKH, mask_BTT, rows, cfg.attention_cap)
-    return attend(q_BTNH, [{"k": k_BTKH.swapaxes(1, 2), "v": v_BTKH.swapaxes(1, 2)}], mask_BTT, scale, cfg.attention_cap)
+    own = {"k": k_BTKH.swapaxes(1, 2), "v": v_BTKH.swapaxes(1, 2)}
+    return attend(q_BTNH, [own], mask_BTT, scale, cfg.attention_cap, causal=True)
 
 
 def behind(cfg, q_BTNH, prefix, layer, mask_BTS, filled_B, window: int = 0):
-    """Attention of new tokens to a prefix, or None, and to the slots of `layer`, where they stand from `filled` on."""
+    """Attention of new tokens to a prefix, or None, and to the slots of `layer`, where they stand from `filled` on; None: the
+    layer holds them alone."""
     B, T, _, H = q_BTNH.shape
     _, K, S, _ = layer["k"].shape
     dtype = layer["k"].dtype
     if T == 1 and not prefix and paged(cfg.attention, machine(), dtype, H, S, window, _even(B, K)):
         scale = cfg.query_scale or H**-0.5
         return _paged(q_BTNH * scale, layer["k"], layer["v"], jnp.minimum(filled_B + 1, S), cfg.attention_cap)
-    return attend(q_BTNH, [*([prefix] if prefix else []), layer], mask_BTS, cfg.query_scale, cfg.attention_cap)
+    parts = [*([prefix] if prefix else []), layer]
+    return attend(q_BTNH, parts, mask_BTS, cfg.query_scale, cfg.attention_cap, causal=filled_B is None)
 
 
 def _even(rows: int, heads: int) -> bool:
