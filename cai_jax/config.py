@@ -138,7 +138,7 @@ class Preferences:
     chain_of_thought: bool = False
     clamp: tuple[float, float] = (0.4, 0.6)  # of chain-of-thought labels only (paper 4.1)
     few_shot: str = ""  # TOML of examples put before every comparison; empty: none
-    score_batch: int = 128  # rows scored together
+    score_batch: int = 128  # contexts scored together, where all are as long as the longest
     thought: Sampling = Sampling(max_tokens=40)
     sampling: Sampling = Sampling()
 

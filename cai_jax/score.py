@@ -16,10 +16,10 @@ from cai_jax.progress import Progress, say
 from cai_jax.prompts import OPTIONS
 from cai_jax.sharding import batch_ways, put_batch
 from cai_jax.slots import prepare, read_text
-from cai_jax.trees import common, first_fit, lay, plant
+from cai_jax.trees import WORTH, Tree, common, first_fit, lay, plant
 from cai_jax.workdir import InputError, raise_if_stopping
 
-TREE = 1024  # tokens of a tree: a larger one would share more and compare more in vain
+LIMITS = (256, 512, 1024, 2048)  # tokens of a tree: a larger one shares more and compares more in vain
 
 
 def hidden_states(net: Transformer, params, batch, texts: str = "trees"):
@@ -57,8 +57,9 @@ def tree_logprobs(net: Transformer, params, prefix, offset, batch):
 def option_logprobs(lm: LM, contexts: list[str], batch_size: int, mesh, name: str, options=OPTIONS) -> np.ndarray:
     """Log-prob of each whole option string after each context. -> float64 [N, C], in order.
 
-    Contexts and options are packed as trees, `batch_size` rows at a time: what contexts have in common is computed once, so the
-    options of a context, and the orders and principles of a comparison, cost what they add to it.
+    Contexts and options are packed as trees, in as many tokens at a time as `batch_size` of the longest have: what contexts
+    have in common is computed once, so the options of a context, and the orders and principles of a comparison, cost what they
+    add to it.
     Raises InputError for a context longer than the model's.
     """
     encoded = [lm.tok.options(c, options) for c in contexts]
@@ -67,16 +68,15 @@ def option_logprobs(lm: LM, contexts: list[str], batch_size: int, mesh, name: st
         raise InputError(f"{name}: a comparison of {longest} tokens passes the model's context of {lm.cfg.max_length}")
     before = common([ids for ids, _ in encoded])[: min(len(ids) for ids, _ in encoded) - 1]
     texts = [ids[len(before) :] + option[:-1] for ids, opts in encoded for option in opts]  # nothing follows a last token
-    trees = plant(texts, max(TREE, *map(len, texts)))
-    length = bucket(max(len(tree.tokens) for tree in trees))
-    placed = first_fit([len(tree.tokens) for tree in trees], length)
-    count = 1 + max(row for row, _ in placed)
+    most = max(map(len, texts))
+    trees, placed, count, length = cheapest(texts, lm.cfg.width)
     asked = [[] for _ in range(count)]  # of every row: (place, token, number of its text)
     for tree, (row, at) in zip(trees, placed, strict=True):
         for n, path in tree.texts:
             option = encoded[n // len(options)][1][n % len(options)]
             asked[row] += [(at + place, token, n) for place, token in zip(path[-len(option) :], option, strict=True)]
-    batch_size = min(batch_size, -(-count // batch_ways(mesh)) * batch_ways(mesh))
+    ways = batch_ways(mesh)
+    batch_size = -(-min(max(1, batch_size * bucket(most) // length), count) // ways) * ways
     rows = lay(trees, placed, -(-count // batch_size) * batch_size, length)
     M = bucket(max(map(len, asked)))
     rows |= {"at": np.zeros((len(rows["tokens"]), M), np.int32), "next": np.zeros((len(rows["tokens"]), M), np.int32)}
@@ -96,6 +96,19 @@ def option_logprobs(lm: LM, contexts: list[str], batch_size: int, mesh, name: st
     whole, read = sum(len(t) + len(before) for t in texts), sum(len(t.tokens) for t in trees) + len(before)
     say(f"{name}: {len(texts):,} options: {read:,} tokens read of {whole:,}, in rows {read / (count * length):.0%} full")
     return out.reshape(len(contexts), len(options))
+
+
+def cheapest(texts: list[list[int]], width: int) -> tuple[list[Tree], list[tuple[int, int]], int, int]:
+    """Texts as trees in rows. -> (trees, where each lies, rows, tokens of a row): of some sizes of trees and rows the one that
+    costs least, if what a token's attention to 3 x `width` others costs is as much as the rest of its work."""
+    plans = []
+    for limit in {max(limit, *map(len, texts)) for limit in LIMITS}:
+        trees = sorted(plant(texts, limit, WORTH), key=lambda tree: -len(tree.tokens))
+        sizes = [len(tree.tokens) for tree in trees]
+        for length in {bucket(sizes[0]), bucket(2 * sizes[0])}:
+            placed = first_fit(sizes, length)
+            plans.append((trees, placed, 1 + max(row for row, _ in placed), length))
+    return min(plans, key=lambda plan: (plan[2] * plan[3] * (1 + plan[3] / (3 * width)), plan[3]))
 
 
 def averaged_preference(logp_ab, logp_ba):

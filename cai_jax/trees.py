@@ -32,13 +32,14 @@ def common(texts: list[list[int]]) -> list[int]:
     return texts[0][:n] if n >= WORTH else []
 
 
-def plant(texts: list[list[int]], limit: int) -> list[Tree]:
-    """Texts of at least one token as trees of at most `limit` tokens, or of one text that is longer."""
+def plant(texts: list[list[int]], limit: int, worth: int = 1) -> list[Tree]:
+    """Texts of at least one token as trees of at most `limit` tokens, or of one text that is longer. Neighbours in the order of
+    their tokens share a tree where they have `worth` tokens in common, or half of the text that is added."""
     trees, path, before = [], [], []
     for number in sorted(range(len(texts)), key=lambda i: texts[i]):
         text = texts[number]
         kept = shared(before, text) if trees else 0
-        if not kept or len(trees[-1].tokens) + len(text) - kept > limit:
+        if kept < max(1, min(worth, len(text) // 2)) or len(trees[-1].tokens) + len(text) - kept > limit:
             path = _close(trees, path, 0)
             trees.append(Tree([], [], [], []))
             kept = 0

@@ -43,11 +43,11 @@ def test_option_logprobs_equal_plain_forward_passes(mesh1, names):
     assert (np.ptp(found, axis=0) > 0.5).all()
 
 
-@pytest.mark.parametrize("limit", [1, 40, 1024])
+@pytest.mark.parametrize("limit", [1, 40, 2048])
 def test_options_of_contexts_with_much_in_common_are_those_of_each_alone(mesh1, mesh8, monkeypatch, limit):
     """Worked examples before all, a conversation before four, then two orders of each: in small trees and large ones, on one
     device and on eight."""
-    monkeypatch.setattr(score, "TREE", limit)
+    monkeypatch.setattr(score, "LIMITS", (limit,))
     asked = [
         f"Examples of what is better. {c}, {q}? {o}:" for c in ("Hi", "Who is it") for q in "xy" for o in ("a b", "b a", "a b")
     ]
@@ -62,6 +62,18 @@ def test_what_contexts_share_is_read_once(mesh1, capsys):
     asked = [f"{'e' * 20}{order}:" for order in ("ab", "ba")]
     options(mesh1, asked, options=(" (A)", " (B)"))
     assert "4 options: 34 tokens read of 104" in capsys.readouterr().err
+
+
+def test_the_wider_a_model_the_more_of_its_texts_share_a_tree():
+    """Forty texts behind a beginning of 200 tokens, 100 more each: what stands twice costs wide models more than long rows."""
+    texts = [[*range(200), *([i] * 100)] for i in range(40)]
+    plans = {width: score.cheapest(texts, width) for width in (16, 1024)}
+    lengths = {width: length for width, (*_, length) in plans.items()}
+    assert lengths[16] <= 512 and lengths[1024] == 1024
+    for trees, placed, rows, length in plans.values():
+        assert sorted(n for tree in trees for n, _ in tree.texts) == list(range(40))
+        assert max(row for row, _ in placed) == rows - 1
+        assert all(at + len(tree.tokens) <= length for tree, (_, at) in zip(trees, placed, strict=True))
 
 
 @pytest.mark.parametrize("names", [LETTERS, WHOLE], ids=["one token", "whole strings"])

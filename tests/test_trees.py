@@ -38,6 +38,13 @@ def test_what_is_shared_stands_once():
         assert sum(len(t.tokens) for t in plant(texts, 1000)) == len(beginnings)
 
 
+def test_texts_with_little_in_common_stand_in_trees_of_their_own():
+    texts = [[1, 2, 3, 4, 5, 5, 5, 5], [1, 2, 3, 5, 5, 5, 5, 5], [1, 2, 6, 7, 5, 5, 5, 5]]
+    assert [len(plant(texts, 100, worth)) for worth in (1, 2, 3, 4)] == [1, 1, 2, 3]
+    assert [t.tokens[:4] for t in plant(texts, 100, 3)] == [[1, 2, 3, 4], [1, 2, 6, 7]]
+    assert len(plant([[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 6, 7], [1, 8, 9, 9]], 100, 50)) == 2  # half of a text is enough
+
+
 def test_rows_hold_trees_side_by_side():
     trees = plant([[1, 2, 3], [1, 2, 4], [5, 6]], 100)
     placed = first_fit([len(t.tokens) for t in trees], 7)
