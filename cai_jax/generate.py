@@ -146,13 +146,16 @@ def _ended(pool, chains: dict[str, tuple[Chain, Request]], stoppable: bool):
 
     def go_on(slot: int, answer: dict | None) -> list[dict]:
         """Sends an answer to a slot's chain. What that asks next is put in its place; where it ends, the next chain begins."""
-        try:
-            r = chains[active[slot]][0].send(answer)
-        except StopIteration as end:
-            ended = {"key": active.pop(slot), "result": end.value}
-            begin(slot)
-            return [ended]
-        return [] if pool.ask(slot, r) else go_on(slot, None)
+        while True:  # and no recursion: a function that holds itself would hold the pool, weights and all, until a collection
+            try:
+                r = chains[active[slot]][0].send(answer)
+            except StopIteration as end:
+                ended = {"key": active.pop(slot), "result": end.value}
+                begin(slot)
+                return [ended]
+            if pool.ask(slot, r):
+                return []
+            answer = None
 
     for slot in range(pool.sampling.batch_size):
         begin(slot)

@@ -1,6 +1,7 @@
 """The benchmarks run, on a tiny model and our side only, and their tables say what was measured."""
 
 import math
+import os
 import re
 import subprocess
 import sys
@@ -48,6 +49,19 @@ def test_the_roofline_and_a_file_to_write(tmp_path):
     assert all(re.fullmatch(r"-?\d+ %", r[2]) for r in found[4:])
     text = file.read_text()
     assert text.startswith("# Benchmarks\n") and "2001-02-03" in text and rows(text) == found
+
+
+def test_the_table_of_one_accelerator(tmp_path):
+    file = tmp_path / "b.md"
+    command = [sys.executable, str(HERE / "accelerator.py"), "--small", f"--write={file}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(HERE.parent.parent)})
+    assert done.returncode == 0, done.stderr
+    found = rows(done.stdout)
+    names = ["copy", "products, float32", *(f"decode step, {n} slots" for n in (1, 4, 16)), "SFT step"]
+    assert [r[0] for r in found] == names + [f"PPO, {x}" for x in ("rollout", "score", "update", "whole iteration")]
+    assert re.fullmatch(r"MFU \d+ % of the products", found[5][2]) and rows(file.read_text()) == found
+    rollout, score, update, whole = (float(r[1].removesuffix(" s")) for r in found[6:])
+    assert min(rollout, score, update) > 0 and whole > 0.9 * (rollout + score + update)
 
 
 def finished(folder: Path, *arguments: str) -> str:

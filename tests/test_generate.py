@@ -1,6 +1,8 @@
 """Sampled texts are a function of their record alone, whatever slots, caches and restarts do."""
 
+import gc
 import itertools
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -66,6 +68,24 @@ def test_sampled_texts_are_those_of_the_engine(whole, mesh1):
     record = records[request.key]
     assert (record["text"], record["tokens"]) == (tiny.tokenizer().decode(sampled).strip(), len(sampled))
     assert record["finished"] == bool(out.finished_B[5])
+
+
+def test_weights_and_cache_are_let_go_with_the_last_text(mesh1, tmp_path, monkeypatch):
+    """At once, and not when Python next looks for cycles: the next stage wants the memory."""
+    pools = []
+
+    class Seen(engine.Pool):
+        def __init__(self, *args):
+            super().__init__(*args)
+            pools.append(weakref.ref(self))
+
+    monkeypatch.setattr(engine, "Pool", Seen)
+    gc.disable()
+    try:
+        texts(mesh1, tmp_path, REQUESTS[:3])
+        assert [pool() for pool in pools] == [None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("lines, cut", [(0, 9), (3, 0), (6, 25), (8, 40)])

@@ -1,6 +1,7 @@
 """PPO's own pieces: rows joined from prompt and response, what is predicted from where, rewards, the loss, the prompts."""
 
 import json
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 import test_formats
 import tiny
+from jax import monitoring
 
-from cai_jax import config, losses, prompts
+from cai_jax import config, losses, optim, prompts
 from cai_jax.data import pad_rows
 from cai_jax.experience import before_each, join, policy_and_value, ppo_loss, scaled_head, take
 from cai_jax.experience import experience as experience_of
@@ -20,7 +22,8 @@ from cai_jax.models.transformer import cast_matrices
 from cai_jax.sampling import record_keys
 from cai_jax.sharding import put, put_batch
 from cai_jax.slots import Sampled, generate
-from cai_jax.stages.ppo import Frozen, PromptPool, again
+from cai_jax.stages.ppo import Frozen, PPOState, PromptPool, again, iteration
+from cai_jax.train import init_state, make_train_step
 
 R = 6
 C = config.PPO(sampling=config.Sampling(max_tokens=R, temperature=0.7), missing_eos_penalty=3.0, whiten_advantages=False)
@@ -213,6 +216,36 @@ def test_prompts_that_pass_the_context_are_refused(tmp_path):
 def test_adaptive_kl_uses_the_measured_kl():
     up = losses.adapt_kl_coef(jnp.float32(0.2), jnp.float32(9.0), 1.0, 1000, 100)
     assert float(up) == pytest.approx(0.2 * (1 + 0.2 * 0.1))
+
+
+def test_nothing_is_compiled_after_the_first_iteration(mesh1):
+    """Counted are XLA's compilations, those of single operations too, over three iterations of prompts of other lengths."""
+    compiled = []
+    monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    c = replace(C, batch_size=8, minibatches=2, epochs=2, target_kl=10.0)
+    params, reward, _, _ = world(mesh1)
+
+    def batch_at(t):
+        tokens, lengths = tiny.rows([4, 7, 8 - t, 5, 6 - t, 8, 3, 7], 8, seed=t)
+        return {"tokens": tokens, "lengths": lengths, "helpful": np.float32([0, 1] * 4)}, None
+
+    with jax.set_mesh(mesh1):
+        lm = tiny.lm(mesh1)
+        frozen = Frozen(lm.net(), {}, lm, lm._replace(params=reward), None, SCALE)
+        tx = optim.make(c.optimizer, 12)
+        trained = tiny.copy({"policy": params, "value": reward})
+        state = PPOState(init_state(trained, tx, mesh1), jnp.float32(c.kl_coef), jnp.int32(0))
+        step = make_train_step(ppo_loss(lm.net(), c), tx, mesh1)
+        cfg, counts = SimpleNamespace(seed=0, ppo=c), []
+        for t in range(3):
+            key = jax.random.fold_in(jax.random.key(0), t)
+            state, metrics, seconds = iteration(cfg, mesh1, state, step, frozen, SimpleNamespace(batch_at=batch_at), key, t)
+            counts.append(len(compiled))
+    assert counts[0] > 3 and counts == [counts[0]] * 3
+    assert int(state.iteration) == 3 and int(state.train.step) == 12 and metrics["updates"] == 4
+    assert set(seconds) == {"rollout", "score", "update"} and min(seconds.values()) > 0
 
 
 def test_lesson_04_another_reward_model_reads_the_same_texts_in_its_own_tokens(mesh1):

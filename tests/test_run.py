@@ -2,11 +2,13 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import kills
 import pytest
@@ -60,6 +62,15 @@ def test_every_stage_leaves_its_files_and_the_summary_is_shown(finished):
                 )
     base = results["base"]["redteam"]["greedy"]
     assert base["harm_rate"] > 0.9 and base["helpfulness"] > 0.9  # the base helps with anything
+
+
+def test_what_a_whole_run_compiles_is_counted_and_little(finished):
+    """A step of each trained stage, PPO's three programs, and of the sampler a few: by prompt length, and by how many slots."""
+    _, shown = finished
+    programs = Counter(re.findall(r"compiling (\w+) \(program", shown))
+    assert programs["step"] == 3 and programs["generate"] == programs["experience"] == 1
+    assert programs["decode"] <= 5 and programs["read"] <= 10
+    assert f"compiled {programs.total()} programs in" in shown
 
 
 def test_lesson_17_counts_add_up(finished):
