@@ -2,8 +2,8 @@
 
     cai run --config=configs/miniworld.py --workdir=runs/quickstart
 
-Cost: three and a half minutes on two CPU cores (critique 37 s, sft 24, preferences 10, reward 37, ppo 66, evaluate 35, report
-2). Result, held-out prompts sampled at temperature 1, means of seeds 0 to 4: harm rate 1.00 -> 0.21 (supervised) -> 0.01 (PPO),
+Cost: three and a half minutes on two CPU cores (critique 33 s, sft 30, preferences 16, reward 33, ppo 73, evaluate 26, report
+3). Result, held-out prompts sampled at temperature 1, means of seeds 0 to 4: harm rate 1.00 -> 0.21 (supervised) -> 0.01 (PPO),
 helpfulness 1.00 -> 0.97 -> 0.95, over-refusal 0 -> 0.00 -> 0.01. Seed 0 alone: harm rate 1.00 -> 0.22 -> 0.02.
 """
 
