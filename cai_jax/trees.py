@@ -64,14 +64,19 @@ def _close(trees: list[Tree], path: list[int], kept: int) -> list[int]:
 
 
 def first_fit(sizes: list[int], length: int) -> list[tuple[int, int]]:
-    """Where each of `sizes` lies in rows of `length`: (row, place in it), each in the first row that has room."""
-    free, placed = [], []
+    """Where each of `sizes` (at most `length`) lies in rows of `length`: (row, place in it), in the first row that has room."""
+    # A tree over the rows: at a node, the most that is free in one of those below it. Looking through all rows each time would
+    # take hours for the comparisons of a paper.
+    leaves = 1 << max(0, len(sizes) - 1).bit_length()  # a row for each, at most
+    most, placed = [length] * (2 * leaves), []
     for size in sizes:
-        row = next((i for i, space in enumerate(free) if space >= size), len(free))
-        if row == len(free):
-            free.append(length)
-        placed.append((row, length - free[row]))
-        free[row] -= size
+        node = 1
+        while node < leaves:
+            node = 2 * node + (most[2 * node] < size)
+        placed.append((node - leaves, length - most[node]))
+        most[node] -= size
+        while node := node // 2:
+            most[node] = max(most[2 * node], most[2 * node + 1])
     return placed
 
 

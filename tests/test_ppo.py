@@ -218,12 +218,15 @@ def test_adaptive_kl_uses_the_measured_kl():
     assert float(up) == pytest.approx(0.2 * (1 + 0.2 * 0.1))
 
 
-def test_nothing_is_compiled_after_the_first_iteration(mesh1):
+def test_nothing_is_compiled_after_the_first_iteration(mesh1, request):
     """Counted are XLA's compilations, those of single operations too, over three iterations of prompts of other lengths."""
     compiled = []
-    monitoring.register_event_duration_secs_listener(
-        lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
-    )
+
+    def on(event: str, *_, **__):
+        compiled.extend([event] * event.endswith("backend_compile_duration"))
+
+    monitoring.register_event_duration_secs_listener(on)
+    request.addfinalizer(lambda: monitoring.unregister_event_duration_listener(on))
     c = replace(C, batch_size=8, minibatches=2, epochs=2, target_kl=10.0)
     params, reward, _, _ = world(mesh1)
 

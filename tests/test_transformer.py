@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from cai_jax import slots
 from cai_jax.config import Lora
 from cai_jax.data import pack
-from cai_jax.models import layers
+from cai_jax.models import attention, layers
 from cai_jax.models.attention import Rope, attend, packed_mask, rope_turns, rotate
 from cai_jax.models.cache import Cache, empty
 from cai_jax.models.transformer import REMAT, init_params, unstack
@@ -96,6 +96,27 @@ def test_lesson_25_grouped_query_attention_is_the_explicit_loop():
     np.testing.assert_allclose(attend(q, [{"k": k, "v": v}], mask), wanted, atol=1e-6)
     parts = [{"k": k[0, :, :P], "v": v[0, :, :P]}, {"k": k[:, :, P:], "v": v[:, :, P:]}]
     np.testing.assert_allclose(attend(q, parts, mask), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("prefix", [0, 3])
+def test_attention_by_blocks_of_queries_is_attention_at_once(monkeypatch, causal, prefix):
+    """Values and gradients, of blocks that divide the tokens and of others. Not causal: some see what is behind them."""
+    rng = np.random.default_rng(7)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, n, 12, 8)), jnp.float32) for n in (4, 2, 2))
+    parts = [{"k": k[0, :, :prefix], "v": v[0, :, :prefix]}] * bool(prefix) + [{"k": k, "v": v}]
+    seen = rng.random((2, 12, 12)) < 0.6
+    seen = (np.tril(seen) if causal else seen) | np.eye(12, dtype=bool)
+    mask = jnp.asarray(np.concatenate([np.ones((2, 12, prefix), bool), seen], axis=2))
+
+    def run(q, parts):
+        out = attend(q.swapaxes(1, 2), parts, mask, causal=causal)
+        return jnp.sum(out * jnp.sin(out)), out
+
+    wanted = jax.grad(run, argnums=(0, 1), has_aux=True)(q, parts)
+    for size in (4, 5):
+        monkeypatch.setattr(attention, "QUERIES", size)
+        tiny.assert_close(jax.grad(run, argnums=(0, 1), has_aux=True)(q, parts), wanted, 1e-5)
 
 
 def test_packed_rows_equal_separate_rows():

@@ -55,6 +55,19 @@ def test_rows_hold_trees_side_by_side():
     assert out["ends"].tolist()[0] == [4, 4, 3, 4, 6, 6, 0]
 
 
+def test_first_fit_is_what_its_name_says():
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        sizes, free, wanted = rng.integers(1, 21, rng.integers(1, 40)).tolist(), [], []
+        for size in sizes:
+            row = next((i for i, room in enumerate(free) if room >= size), len(free))
+            free += [20] * (row == len(free))
+            wanted.append((row, 20 - free[row]))
+            free[row] -= size
+        assert first_fit(sizes, 20) == wanted
+    assert first_fit([], 20) == []
+
+
 def test_first_fit_leaves_no_room_that_a_later_one_would_have_filled():
     assert first_fit([4, 5, 3, 2, 6], 8) == [(0, 0), (1, 0), (0, 4), (1, 5), (2, 0)]
     rng = np.random.default_rng(0)
