@@ -35,5 +35,5 @@ setup(
             "torch==2.13.0",  # tests only: logits compared with transformers; one version, so that the comparison stays put
         ],
     },
-    entry_points={"console_scripts": ["cai = cai_jax.main:cli"]},
+    entry_points={"console_scripts": ["cai = cai_jax.__main__:cli"]},
 )

@@ -22,7 +22,7 @@ from cai_jax.prompts import TEMPLATES, read_back, stops
 from cai_jax.records import Journal
 from cai_jax.sampling import record_key_data
 from cai_jax.sharding import batch_ways, exact_div, put_batch
-from cai_jax.slots import PIECE, Reading, Rules, decode, grow, new, prepare, read, read_text
+from cai_jax.slots import PIECE, Reading, Rules, decode, grow, new, read, read_text, ready
 from cai_jax.stops import stop_table
 from cai_jax.trees import WORTH, common, shared
 from cai_jax.workdir import InputError, raise_if_stopping
@@ -174,7 +174,7 @@ class Pool:
         self.part = exact_div(sampling.batch_size, self.ways, f"--config.{stage}.sampling.batch_size over the mesh")
         self.fill = max(1, self.part // REFILL)  # texts that each part reads together
         self.net, self.key = lm.net(unrolled=True), jax.random.key(seed)
-        self.params = prepare(lm.net(), lm.params, sampling.gather)
+        self.params = ready(lm, sampling.gather).params
         table = stop_table(lm.tok, stops(templates))
         none = np.arange(len(table), dtype=table.dtype)[:, None]  # ids that stand for no text change no state
         table = np.concatenate([table, np.repeat(none, max(0, lm.cfg.vocab_size - table.shape[1]), axis=1)], axis=1)

@@ -1,4 +1,4 @@
-"""The `cai` command: flags -> locked config -> mesh -> stages.
+"""The commands of `cai`: flags -> locked config -> mesh -> stages.
 
 cai run --config=configs/miniworld.py --workdir=runs/a [--config.ppo.kl_coef=0.05 ...]
 cai export --workdir=runs/a --model=rl_cai --out=DIR [--dtype=float32] [--adapter] [--check]
@@ -148,9 +148,5 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def cli() -> None:
-    """Entry point of the console script."""
+    """The command line, to its end."""
     app.run(main, flags_parser=parse)
-
-
-if __name__ == "__main__":
-    cli()

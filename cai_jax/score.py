@@ -15,11 +15,12 @@ from cai_jax.models.transformer import Transformer, unstack
 from cai_jax.progress import Progress, say
 from cai_jax.prompts import OPTIONS
 from cai_jax.sharding import batch_ways, put_batch
-from cai_jax.slots import prepare, read_text
+from cai_jax.slots import read_text, ready
 from cai_jax.trees import WORTH, Tree, common, first_fit, lay, plant
 from cai_jax.workdir import InputError, raise_if_stopping
 
 LIMITS = (256, 512, 1024, 2048)  # tokens of a tree: a larger one shares more and compares more in vain
+FIRST = 4096  # texts by which their size is chosen
 
 
 def hidden_states(net: Transformer, params, batch, texts: str = "trees"):
@@ -83,7 +84,7 @@ def option_logprobs(lm: LM, contexts: list[str], batch_size: int, mesh, name: st
     for row, wanted in enumerate(asked):
         rows["at"][row, : len(wanted)], rows["next"][row, : len(wanted)] = [w[0] for w in wanted], [w[1] for w in wanted]
     out = np.zeros(len(texts))
-    net, params = lm.net(unrolled=True), prepare(lm.net(), lm.params, decoding=False)
+    net, params = lm.net(unrolled=True), ready(lm, decoding=False).params
     prefix = read_text(net, params, before, mesh) if before else None
     with Progress(name, count, 0, "row") as progress:
         for i in range(0, count, batch_size):
@@ -99,16 +100,22 @@ def option_logprobs(lm: LM, contexts: list[str], batch_size: int, mesh, name: st
 
 
 def cheapest(texts: list[list[int]], width: int) -> tuple[list[Tree], list[tuple[int, int]], int, int]:
-    """Texts as trees in rows. -> (trees, where each lies, rows, tokens of a row): of some sizes of trees and rows the one that
-    costs least, if what a token's attention to 3 x `width` others costs is as much as the rest of its work."""
-    plans = []
-    for limit in {max(limit, *map(len, texts)) for limit in LIMITS}:
+    """Texts as trees in rows. -> (trees, where each lies, rows, tokens of a row): of some sizes of trees and rows, those that
+    cost the first texts least, if what a token's attention to 3 x `width` others costs is as much as the rest of its work."""
+    most = max(map(len, texts))
+
+    def plan(texts, limit: int, times: int):
         trees = sorted(plant(texts, limit, WORTH), key=lambda tree: -len(tree.tokens))
         sizes = [len(tree.tokens) for tree in trees]
-        for length in {bucket(sizes[0]), bucket(2 * sizes[0])}:
-            placed = first_fit(sizes, length)
-            plans.append((trees, placed, 1 + max(row for row, _ in placed), length))
-    return min(plans, key=lambda plan: (plan[2] * plan[3] * (1 + plan[3] / (3 * width)), plan[3]))
+        length = bucket(times * max(sizes[0], most))
+        placed = first_fit(sizes, length)
+        return trees, placed, 1 + max(row for row, _ in placed), length
+
+    def cost(size: tuple[int, int]):
+        *_, count, length = plan(texts[:FIRST], *size)
+        return count * length * (1 + length / (3 * width)), length
+
+    return plan(texts, *min({(max(limit, most), times) for limit in LIMITS for times in (1, 2)}, key=cost))
 
 
 def averaged_preference(logp_ab, logp_ba):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cai_jax.data import bucket
+from cai_jax.models import LM
 from cai_jax.models.cache import Cache, empty
 from cai_jax.models.kernels import machine
 from cai_jax.models.layers import turned
@@ -63,7 +64,12 @@ def serving(net: Transformer, params, gather: bool = True, decoding: bool = True
     return turned(params) if decoding and machine() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1 else params
 
 
-prepare = jax.jit(serving, static_argnames=("net", "gather", "decoding"))
+_serving = jax.jit(serving, static_argnames=("net", "gather", "decoding"))
+
+
+def ready(lm: LM, gather: bool = True, decoding: bool = True) -> LM:
+    """The model with its parameters as `serving` makes them, for all calls to come; one that is ready is returned as it is."""
+    return lm._replace(params=_serving(lm.net(), lm.params, gather, decoding)) if "layers" in lm.params else lm
 
 
 @partial(jax.jit, static_argnames=("net", "rows", "slots", "max_new", "cache"))

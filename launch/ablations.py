@@ -54,7 +54,7 @@ def run(workdir: Path, variant: str, seed: int, cores: queue.Queue, extra: list[
     for stage in reused:
         if not (folder / stage).exists():
             shutil.copytree(workdir / f"baseline-{seed}" / stage, folder / stage)
-    command = [sys.executable, "-m", "cai_jax.main", "run", "--config=configs/miniworld.py", f"--workdir={folder}"]
+    command = [sys.executable, "-m", "cai_jax", "run", "--config=configs/miniworld.py", f"--workdir={folder}"]
     share = cores.get()
     pinned = ["taskset", "-c", share] if share else []
     try:

@@ -44,7 +44,7 @@ SMALL = (  # a run of every stage in about a minute
 
 
 def command(workdir: Path, overrides) -> list[str]:
-    return [sys.executable, "-m", "cai_jax.main", "run", "--config=configs/miniworld.py", f"--workdir={workdir}", *overrides]
+    return [sys.executable, "-m", "cai_jax", "run", "--config=configs/miniworld.py", f"--workdir={workdir}", *overrides]
 
 
 def start(workdir: Path, overrides, log) -> subprocess.Popen:

@@ -54,14 +54,15 @@ def test_the_roofline_and_a_file_to_write(tmp_path):
 def test_the_table_of_one_accelerator(tmp_path):
     file = tmp_path / "b.md"
     command = [sys.executable, str(HERE / "accelerator.py"), "--small", f"--write={file}"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(HERE.parent.parent)})
+    env = os.environ | {"PYTHONPATH": str(HERE.parent.parent), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     found = rows(done.stdout)
     names = ["copy", "products, float32", *(f"decode step, {n} slots" for n in (1, 4, 16)), "SFT step"]
     assert [r[0] for r in found] == names + [f"PPO, {x}" for x in ("rollout", "score", "update", "whole iteration")]
     assert re.fullmatch(r"MFU \d+ % of the products", found[5][2]) and rows(file.read_text()) == found
-    rollout, score, update, whole = (float(r[1].removesuffix(" s")) for r in found[6:])
-    assert min(rollout, score, update) > 0 and whole > 0.9 * (rollout + score + update)
+    assert all(float(r[1].split()[0]) > 0 for r in (*found[:2], *found[5:]))
+    assert "6 for each weight and token" in done.stdout  # MFU has its definition beside it
 
 
 def finished(folder: Path, *arguments: str) -> str:

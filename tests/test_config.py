@@ -215,7 +215,7 @@ def test_what_starts_from_the_base_needs_no_sft():
 
 def test_lesson_15_a_misspelt_key_ends_the_program_with_the_right_one():
     given = ["--config=configs/miniworld.py", "--workdir=never", "--config.sft.epoch=3"]
-    command = [sys.executable, "-m", "cai_jax.main", "run", *given]
+    command = [sys.executable, "-m", "cai_jax", "run", *given]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     said = done.stdout + done.stderr
     assert done.returncode == 2, said

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def stage(tmp_path, monkeypatch):
             asked.extend(r.key for r in requests)
             return [{"text": f"{what}, {r.context.split()[-2]}"} for r in requests]
 
-        monkeypatch.setattr(evaluate, "load_lm", lambda *_: None)
+        monkeypatch.setattr(evaluate, "load_lm", lambda *_: SimpleNamespace(params={}))
         monkeypatch.setattr(evaluation, "sample_texts", sampled)
         assert evaluate.run(cfg, tmp_path, None)
         return tmp_path / "evaluate", asked

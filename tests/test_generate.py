@@ -17,8 +17,9 @@ from cai_jax.config import Sampling
 from cai_jax.generate import Request, sample_chains, sample_texts
 from cai_jax.records import Journal
 from cai_jax.sampling import record_key_data, record_keys
+from cai_jax.score import option_logprobs
 from cai_jax.sharding import put_batch
-from cai_jax.slots import generate
+from cai_jax.slots import generate, ready
 from cai_jax.workdir import InputError, Stopped
 
 LONG = ["z" * 33, "A longer question, in the next bucket", "One more of the long: " + "w" * 20]
@@ -136,6 +137,19 @@ def test_what_must_not_be_lost_is_sampled_to_the_end_after_sigterm(mesh1, tmp_pa
     with jax.set_mesh(mesh1), journal_in(tmp_path / "b") as journal:
         out = sample_texts(tiny.lm(mesh1), REQUESTS[:3], SAMPLING, 0, journal, mesh1, stoppable=False)
     assert len(out) == 3
+
+
+def test_a_model_made_ready_answers_as_it_did_and_is_not_laid_out_again(whole, mesh1, tmp_path, monkeypatch):
+    with jax.set_mesh(mesh1), journal_in(tmp_path / "critique") as journal:
+        lm = ready(tiny.lm(mesh1))
+        assert ready(lm) is lm
+        monkeypatch.setattr("cai_jax.slots._serving", None)
+        out = sample_texts(lm, REQUESTS[:3], SAMPLING, 0, journal, mesh1)
+        logp = option_logprobs(lm, CONTEXTS, 4, mesh1, "judge", ["(A", "(B"])
+    assert out == [whole[1][r.key] for r in REQUESTS[:3]]
+    with jax.set_mesh(mesh1):
+        monkeypatch.undo()
+        np.testing.assert_allclose(logp, option_logprobs(tiny.lm(mesh1), CONTEXTS, 4, mesh1, "judge", ["(A", "(B"]), rtol=1e-5)
 
 
 def test_temperature_zero_is_greedy_whatever_the_seed(mesh1, tmp_path):

@@ -25,6 +25,7 @@ TIERS = (
     {"stages", "miniworld", "evaluation"},  # 4: evaluation stands between what stages share and the stages
     {"export"},  # 5
     {"main"},
+    {"__main__"},
 )
 TIER = {room: tier for tier, rooms in enumerate(TIERS) for room in rooms}
 

@@ -198,7 +198,7 @@ def test_lesson_17_pairs_without_two_different_responses_are_counted(monkeypatch
     records.write(file, [{"id": f"p{i}", "messages": message(f"Well, {i}?")} for i in range(5)])
     cfg = Config(preferences=Preferences(policy="base"), data=Data(redteam=str(file)), model=Model(path=str(file)))
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(preferences, "load_lm", lambda *_: SimpleNamespace(tok=BYTES))
+    monkeypatch.setattr(preferences, "load_lm", lambda *_: SimpleNamespace(tok=BYTES, params={}))
     monkeypatch.setattr(preferences, "option_logprobs", Judge())
     monkeypatch.setattr(preferences, "fits", lambda lm, context, max_tokens: True)
 

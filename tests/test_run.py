@@ -23,7 +23,7 @@ def cai(*arguments, command="run", devices=1, flags="", timeout=600):
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {flags}",
     }
     return subprocess.run(
-        [sys.executable, "-m", "cai_jax.main", command, *arguments],
+        [sys.executable, "-m", "cai_jax", command, *arguments],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -237,3 +237,17 @@ def test_bad_input_is_named(arguments, wanted, tmp_path):
     assert done.returncode != 0
     assert wanted in done.stderr + done.stdout
     assert "Traceback" not in done.stderr or "epoch" in wanted  # flags of an unknown or ill-typed key end inside absl
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
+@pytest.mark.parametrize("given", [None, "glibc.malloc.arena_max=4"])
+def test_cai_runs_in_a_process_with_large_pages(given, monkeypatch):
+    """Begun anew once, with the arguments it was given; not where its user has set something."""
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if given:
+        monkeypatch.setenv("GLIBC_TUNABLES", given)
+    code = (
+        "import os, sys; from cai_jax.__main__ import with_large_pages as f; f(); print(os.environ['GLIBC_TUNABLES'], sys.argv)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "a b", "--c"], capture_output=True, text=True)
+    assert done.stdout == f"{given or 'glibc.malloc.hugetlb=1'} ['-c', 'a b', '--c']\n", done.stderr

@@ -12,6 +12,7 @@ from cai_jax import prompts, records
 from cai_jax.config import Config
 from cai_jax.data import load_pool
 from cai_jax.generate import Chain, Request, sample_chains
+from cai_jax.slots import ready
 from cai_jax.stages import inputs_of, load_constitution, load_lm
 from cai_jax.workdir import InputError, begin, digest, finish, write_text
 
@@ -31,7 +32,7 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     if not begin(STAGE, workdir, inputs):
         return False
     write_text(workdir / "constitution.toml", Path(cfg.constitution.path).read_text(encoding="utf-8"))
-    lm, templates = load_lm(cfg, workdir, mesh), constitution.templates
+    lm, templates = ready(load_lm(cfg, workdir, mesh), c.sampling.gather), constitution.templates
     journal = records.Journal(folder / "journal.jsonl")
     heat = temperatures(c.sampling.temperature, c.temperature_end, c.rounds)
     examples = worked_examples(cfg, templates)

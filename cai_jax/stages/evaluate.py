@@ -13,6 +13,7 @@ from cai_jax.data import said
 from cai_jax.evaluation import answers, evenly, judged, known, summary, verdict
 from cai_jax.progress import table
 from cai_jax.prompts import USER
+from cai_jax.slots import ready
 from cai_jax.stages import MODELS, READERS, inputs_of, load_constitution, load_lm
 from cai_jax.workdir import InputError, begin, digest, finish, write_json
 
@@ -35,7 +36,8 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     modes = {"sampled": c.sampling, "greedy": dataclasses.replace(c.sampling, temperature=0.0)}
     journal, results, transcripts = records.Journal(folder / "journal.jsonl"), {}, []
     for model in models:
-        lm, templates = load_lm(cfg, workdir, mesh, model), load_constitution(cfg, model).templates
+        lm = ready(load_lm(cfg, workdir, mesh, model), c.sampling.gather)
+        templates = load_constitution(cfg, model).templates
         results[model] = {name: {} for name in sets}
         for name, todo in sets.items():
             for mode, sampling in modes.items():

@@ -15,6 +15,7 @@ from cai_jax.data import load_pool
 from cai_jax.generate import Request, fits, sample_texts
 from cai_jax.losses import preference_from_logprobs
 from cai_jax.score import averaged_preference, option_logprobs
+from cai_jax.slots import ready
 from cai_jax.stages import OF_INIT, inputs_of, load_constitution, load_lm
 from cai_jax.workdir import InputError, begin, digest, finish
 
@@ -30,7 +31,8 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     if not begin(STAGE, workdir, inputs):
         return False
     journal = records.Journal(folder / "journal.jsonl")
-    policy, templates = load_lm(cfg, workdir, mesh, writer), load_constitution(cfg, writer).templates
+    policy = ready(load_lm(cfg, workdir, mesh, writer), c.sampling.gather)
+    templates = load_constitution(cfg, writer).templates
     pool, counted = load_pool(cfg.data, "redteam", policy.tok, templates)
     todo = [p | {"id": f"{p['id']}+{n}" if n else p["id"]} for n in range(c.pairs) for p in pool]
     if len({p["id"] for p in todo}) < len(todo):
@@ -47,7 +49,10 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
             and drops.keep(a["text"] != b["text"], "identical responses")
         ):
             pairs.append(p | {"response_a": a["text"], "response_b": b["text"]})
-    judged = judge(cfg, load_lm(cfg, workdir, mesh, "judge"), constitution, pairs, journal, mesh, drops) if pairs else []
+    judged = []
+    if pairs:
+        lm = ready(load_lm(cfg, workdir, mesh, "judge"), c.thought.gather, decoding=c.chain_of_thought)
+        judged = judge(cfg, lm, constitution, pairs, journal, mesh, drops)
     if not judged:
         raise InputError(
             f"preferences: of {len(todo)} prompts none gave two different responses to judge: {dict(drops.reasons)}"

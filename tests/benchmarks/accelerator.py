@@ -25,7 +25,7 @@ from worker import Job
 from cai_jax.models import LM, compute_dtype
 from cai_jax.models.transformer import Transformer, TransformerConfig, init_params
 from cai_jax.sharding import make_mesh, shard_init
-from cai_jax.slots import Rules, decode, new, prepare
+from cai_jax.slots import Rules, decode, new, ready
 
 RUNS = 5
 SHAPE = Shape(width=2048, layers=20, heads=16, mlp=5632)
@@ -74,7 +74,7 @@ def rates(small: bool, dtype) -> tuple[float, float]:
 
 def decode_step(lm: LM, s: work.Sizes, rows: int) -> float:
     """Seconds of one step of `rows` slots behind a prompt, from sampling few tokens and all."""
-    net, params = lm.net(unrolled=True), prepare(lm.net(), lm.params)
+    net, params = lm.net(unrolled=True), ready(lm).params
     rules = Rules(jnp.array([-1]), jnp.zeros((2, s.shape.vocab), jnp.int8))
 
     def sample(count: int):

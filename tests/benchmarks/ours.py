@@ -23,6 +23,7 @@ from cai_jax.models import LM, hf
 from cai_jax.pairs import Pairs, batches, fork
 from cai_jax.score import hidden_states, option_logprobs, row_batch
 from cai_jax.sharding import batch_ways, make_mesh, put_batch
+from cai_jax.slots import ready
 from cai_jax.stages import dpo, ppo, reward
 
 LAYERS = {"unrolled": False}  # of training, as --config.model.layers=scanned
@@ -47,7 +48,8 @@ class Engine:
     """generate.py's functions with the settings of the benchmarks; every run is a stage of its own."""
 
     def __init__(self, job: Job, new: int):
-        self.mesh, self.lm = load(job)
+        self.mesh, lm = load(job)
+        self.lm = ready(lm)  # as the stages do, once for all calls
         self.sampling = Sampling(top_p=job.sizes.top_p, max_tokens=new, batch_size=job.sizes.rows)
         self.folder, self.runs = Path(tempfile.mkdtemp()), itertools.count()
         first = Request("greedy", work.text(work.generate(job.sizes)[0]), temperature=0.0, max_tokens=8)

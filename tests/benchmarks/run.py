@@ -67,6 +67,7 @@ class Worker:
         command = [python_of(kind, args), str(HERE / f"{SCRIPT[kind]}.py"), workload, f"--folder={folder}"]
         paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))) if kind in ("ours", "floor") else ""
         env = os.environ | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(work.cores())}
+        env["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # as `cai` sets it, for everybody
         env |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}
         with self.log.open("w") as log:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
@@ -143,7 +144,8 @@ def machine() -> str:
     if (info := Path("/proc/cpuinfo")).exists():
         cpu = next((x.split(":")[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")), cpu)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{cpu}, {work.cores()} cores, {memory:.0f} GiB, {platform.system()}, load {os.getloadavg()[0]:.1f} before the run"
+    size = f"{work.cores()} cores, {memory:.0f} GiB"
+    return f"{cpu}, {size}, {platform.system()}, large pages, load {os.getloadavg()[0]:.1f} before the run"
 
 
 def roofline(results: dict[str, list[dict]], s: work.Sizes) -> str:
