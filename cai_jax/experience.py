@@ -1,17 +1,94 @@
-"""Rollouts to what PPO learns from: log-probs, values, rewards, advantages, and the loss on them.
+"""Rollouts to what PPO learns from: texts in parts of one size, log-probs, values, rewards, advantages, and the loss on them.
 
 Details are numbered as in "The N implementation details of RLHF with PPO".
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cai_jax import losses
+from cai_jax.data import bucket
 from cai_jax.logprobs import target_logprobs
 from cai_jax.models.heads import apply_head
-from cai_jax.score import hidden_states, reward_scores, row_batch
+from cai_jax.models.kernels import machine
+from cai_jax.score import hidden_states, reward_scores
+from cai_jax.sharding import constrain
+from cai_jax.train import Parts
+from cai_jax.trees import first_fit
+
+PARTS = 8  # that a batch of the longest texts makes, about: shorter ones make fewer, and cost less by so much
+LEAST = {"cpu": 512}  # tokens of a device's part; below it moving weights takes longer than multiplying with them
+LEAST_ELSEWHERE = 8192
+
+
+class Layout(NamedTuple):
+    """The size of parts, which does not depend on what texts turn out to be: nothing is compiled anew for other lengths."""
+
+    rows: int
+    length: int  # tokens of a row
+    held: int  # texts at least that lie in a row before there is a next one
+
+
+def layout(texts: int, longest: int, ways: int) -> Layout:
+    """For batches of `texts` texts or more, none of more than `longest` tokens; rows are split `ways` ways."""
+    length = bucket(longest * min(2, -(-texts // ways)))
+    held = length // longest
+    most = -(-texts // (held * ways))  # rows of a device, of the longest texts
+    least = LEAST.get(machine(), LEAST_ELSEWHERE) // length
+    return Layout(ways * min(most, max(1, least, most // PARTS)), length, held)
+
+
+def packed(rows: list[np.ndarray], lengths_B, index, to: Layout, R: int) -> tuple[Parts, dict[str, np.ndarray]]:
+    """Texts `index` of `rows`, which are prompts of `lengths_B` tokens and responses of at most R, in parts of `to`.
+
+    -> (int32 arrays [rows, N, T]: tokens, positions, ends  see attention.packed_mask
+                                   next    the token behind each
+                                   answer  1 + b R + t where that is token t of response b; 0: it is of none;
+        where things lie in such an array when flat: place [B, R], of what belongs to a response token, which is where it is
+        predicted; last [B], of a text's last token)
+    """
+    index = sorted(index, key=lambda b: -len(rows[b]))  # long ones first leave little room unused
+    placed = first_fit([len(rows[b]) for b in index], to.length)
+    most = -(-len(index) // to.held)  # rows
+    N = -(-most // to.rows)
+    x = {name: np.zeros((N * to.rows, to.length), np.int32) for name in ("tokens", "positions", "ends", "next", "answer")}
+    place_BR, last_B = np.zeros((len(rows), R), np.int32), np.zeros(len(rows), np.int32)
+    for b, (row, at) in zip(index, placed, strict=True):
+        # Rows are [N, rows], parts one after another, and stored [rows, N]: a device has its rows of every part.
+        part, row_of_part = divmod(row, to.rows)
+        first = (row_of_part * N + part) * to.length
+        ids, prompt, end = rows[b], lengths_B[b], at + len(rows[b])
+        said = np.arange(len(ids) - prompt, dtype=np.int32)
+        x["tokens"][row, at:end], x["ends"][row, at:end] = ids, end
+        x["positions"][row, at:end] = np.arange(len(ids))
+        x["next"][row, at : end - 1] = ids[1:]
+        x["answer"][row, at + prompt - 1 : end - 1] = 1 + b * R + said
+        place_BR[b, : len(said)], last_B[b] = first + at + prompt - 1 + said, first + end - 1
+    arrays = {name: value.reshape(N, to.rows, to.length).swapaxes(0, 1) for name, value in x.items()}
+    return Parts(arrays, np.int32(1 + max(row for row, _ in placed) // to.rows)), {"place": place_BR, "last": last_B}
+
+
+@jax.jit
+def minibatch(rollout, parts: Parts) -> Parts:
+    """Parts of texts with what the rollout [B, R] has for each answer, 0 elsewhere."""
+    answer, arrays = parts.arrays["answer"], parts.arrays
+    of = {name: jnp.where(answer > 0, x.reshape(-1)[jnp.maximum(answer - 1, 0)], 0) for name, x in rollout.items()}
+    return parts._replace(arrays=arrays | of)
+
+
+def each_part(f, parts: Parts):
+    """f(part) -> arrays [rows, T], of every part that holds something. -> [rows, N, T] each, 0 for the others."""
+    N = jax.tree.leaves(parts.arrays)[0].shape[1]
+    found = jax.tree.map(lambda x: jnp.zeros((x.shape[0], N, *x.shape[1:]), x.dtype), jax.eval_shape(f, parts.part(0)))
+
+    def one(i, found):
+        return jax.tree.map(lambda all, x: jax.lax.dynamic_update_index_in_dim(all, x, i, 1), found, f(parts.part(i)))
+
+    return jax.lax.fori_loop(0, parts.count, one, found)
 
 
 def scaled_head(head, scale):
@@ -19,71 +96,49 @@ def scaled_head(head, scale):
     return {"kernel": head["kernel"] / scale["std"], "bias": (head["bias"] - scale["mean"]) / scale["std"]}
 
 
-@jax.jit
-def take(rollout, index):
-    """Rows of every array, as a batch on the mesh."""
-    return jax.tree.map(lambda x: x[index], rollout)
-
-
-def join(tokens_BP, lengths_B, response_BR):
-    """Prompt and response contiguous in each row: [B, P + R]."""
-    P, R = tokens_BP.shape[1], response_BR.shape[1]
-    at = jnp.arange(P + R)[None]
-    source = jnp.where(at < lengths_B[:, None], at, jnp.clip(at - lengths_B[:, None] + P, 0, P + R - 1))
-    return jnp.take_along_axis(jnp.concatenate([tokens_BP, response_BR], axis=1), source, axis=1)
-
-
-def before_each(hidden_BTD, lengths_B, R: int):
-    """Hidden states that predict the R response positions: those one place earlier. -> [B, R, D]."""
-    at = lengths_B[:, None] - 1 + jnp.arange(R)[None]
-    return jnp.take_along_axis(hidden_BTD, jnp.clip(at, 0, hidden_BTD.shape[1] - 1)[:, :, None], axis=1)
-
-
-def policy_and_value(net, params, batch, temperature: float):
-    """Log-probs, entropies and values of the response positions, each [B, R] in float32."""
-    R = batch["response"].shape[1]
-    rows = row_batch(batch["joined"], batch["lengths"] + batch["response_lengths"])
-    hidden = before_each(hidden_states(net, params["policy"], rows, "alone"), batch["lengths"], R)
-    logp, entropy = target_logprobs(net, params["policy"], hidden, batch["response"], temperature)
+def policy_and_value(net, params, texts, temperature: float):
+    """Log-prob of the token behind each place, entropy and value there. texts: one part. -> [rows, T] float32 each."""
+    hidden = hidden_states(net, params["policy"], texts, "packed")
+    logp, entropy = target_logprobs(net, params["policy"], hidden, texts["next"], temperature)
     if "trunk" in params["value"]:
-        hidden = before_each(hidden_states(net, params["value"]["trunk"], rows, "alone"), batch["lengths"], R)
+        hidden = hidden_states(net, params["value"]["trunk"], texts, "packed")
     return logp, entropy, apply_head(params["value"]["head"], hidden)
 
 
 @partial(jax.jit, static_argnames=("nets", "c"))
-def experience(nets, c, weights, scale, kl_coef, batch, out, read=None):
-    """What an iteration learns from. -> (rollout arrays [B, ...], metrics).
+def experience(nets, c, weights, scale, kl_coef, helpful_B, out, texts: Parts, at, read=None):
+    """What an iteration learns from. -> (rollout arrays [B, R], metrics).
 
-    nets and weights: of policy and value, of the reference, of the reward model. `read`: tokens and lengths of the rollouts for
-    the reward model, where they are not the policy's.
+    nets and weights: of policy and value, of the reference, of the reward model. texts, at: every rollout, see `packed`.
+    read: their tokens and lengths for the reward model, where they are not the policy's.
 
     The score is the reward model's, centred and scaled by its scores of the compared responses, less a penalty where no
     EOS came (as TRL does; N 12 puts a constant in its place); it lands on the last token. The KL penalty is per token (N 15).
     """
     (net, ref_net, reward_net), (params, reference, reward) = nets, weights
-    B, R = out.tokens_BR.shape
-    mask = (jnp.arange(R)[None] < out.lengths_B[:, None]).astype(jnp.float32)
-    rollout = {
-        "joined": join(batch["tokens"], batch["lengths"], out.tokens_BR),
-        "lengths": batch["lengths"],
-        "response": out.tokens_BR,
-        "response_lengths": out.lengths_B,
-        "mask": mask,
-    }
-    logp, _, values = (x * mask for x in policy_and_value(net, params, rollout, c.sampling.temperature))
-    frozen_pair = {"policy": reference, "value": {"head": params["value"]["head"]}}
-    ref_logp = mask * policy_and_value(ref_net, frozen_pair, rollout, c.sampling.temperature)[0]
-    read = read or {"tokens": rollout["joined"], "lengths": batch["lengths"] + out.lengths_B}
-    raw = reward_scores(reward_net, reward, read["tokens"], read["lengths"])
+    mask = (jnp.arange(out.tokens_BR.shape[1])[None] < out.lengths_B[:, None]).astype(jnp.float32)
+
+    def one(part):
+        found = dict(
+            zip(("logp", "entropy", "values"), policy_and_value(net, params, part, c.sampling.temperature), strict=True)
+        )
+        hidden = hidden_states(ref_net, reference, part, "packed")
+        found["reference"] = target_logprobs(ref_net, reference, hidden, part["next"], c.sampling.temperature)[0]
+        if not read:
+            found["score"] = apply_head(reward["head"], hidden_states(reward_net, reward["trunk"], part, "packed"))
+        return found
+
+    found = {name: constrain(x, None, None, None).reshape(-1) for name, x in each_part(one, texts).items()}
+    logp, values, ref_logp = (found[name][at["place"]] * mask for name in ("logp", "values", "reference"))
+    raw = reward_scores(reward_net, reward, read["tokens"], read["lengths"]) if read else found["score"][at["last"]]
     score = (raw - scale["mean"]) / scale["std"] - c.missing_eos_penalty * (~out.finished_B).astype(jnp.float32)
     rewards = losses.token_rewards(score, logp, ref_logp, out.lengths_B, kl_coef)
     advantages, returns = losses.gae(rewards, values, mask, c.discount, c.gae_lambda)
-    helpful = batch["helpful"]
     metrics = {
         "reward": jnp.mean(jnp.sum(rewards, axis=1)),
         "score": jnp.mean(score),
-        "score_redteam": losses.masked_mean(score, 1 - helpful),
-        "score_helpful": losses.masked_mean(score, helpful),
+        "score_redteam": losses.masked_mean(score, 1 - helpful_B),
+        "score_helpful": losses.masked_mean(score, helpful_B),
         "kl": jnp.mean(jnp.sum(losses.kl_k1(logp, ref_logp) * mask, axis=1)),
         "kl_k3": jnp.mean(jnp.sum(losses.kl_k3(logp, ref_logp) * mask, axis=1)),
         "response_length": jnp.mean(out.lengths_B.astype(jnp.float32)),
@@ -93,16 +148,16 @@ def experience(nets, c, weights, scale, kl_coef, batch, out, read=None):
     }
     if c.whiten_advantages:
         advantages = losses.whiten(advantages, mask)
-    rollout |= {"old_logp": logp, "old_values": values, "advantages": advantages, "returns": returns}
-    return rollout, metrics
+    rollout = {"old_logp": logp, "old_values": values, "advantages": advantages, "returns": returns}
+    return {name: constrain(x, None, None) for name, x in rollout.items()}, metrics
 
 
 def ppo_loss(net, c):
-    """loss_fn(params, minibatch, key): clipped policy and value losses on the rollout of `experience`."""
+    """loss_fn(params, part of `minibatch`, key): clipped policy and value losses on what `experience` found."""
 
     def loss_fn(params, batch, key):
         logp, entropy, values = policy_and_value(net, params, batch, c.sampling.temperature)
-        mask = batch["mask"]
+        mask = (batch["answer"] > 0).astype(jnp.float32)
         policy, clipped = losses.ppo_policy_loss(logp, batch["old_logp"], batch["advantages"], mask, c.clip)
         value = losses.ppo_value_loss(values, batch["old_values"], batch["returns"], mask, c.value_clip)
         entropy = losses.masked_mean(entropy, mask)
@@ -114,7 +169,7 @@ def ppo_loss(net, c):
             "clip_fraction": clipped,
             "approx_kl": losses.masked_mean(jnp.expm1(log_ratio) - log_ratio, mask),
             "weight": jnp.sum(mask),
-            "ratio_error": jnp.max(jnp.abs(jnp.expm1(log_ratio))),
+            "ratio_error": losses.masked_mean(jnp.abs(jnp.expm1(log_ratio)), mask),
         }
         return policy + c.value_coef * value - c.entropy_coef * entropy, metrics
 

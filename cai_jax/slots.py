@@ -229,5 +229,5 @@ def generate(
         done_B=lengths_B == 0,
     )
     rules = Rules(ends_E, jnp.zeros((2, 1), jnp.int8))
-    out = _decode(net, params, None, slots, rules, B, 1.0, 0, 0.0)
+    out = _laid_out(_decode(net, params, None, slots, rules, B, 1.0, 0, 0.0))
     return Sampled(out.tokens_BR, out.count_B, out.finished_B, out.logp_BR)

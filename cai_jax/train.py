@@ -25,6 +25,22 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
+class Parts(NamedTuple):
+    """A batch in N parts of one size. Those after the first `count` hold nothing and cost nothing."""
+
+    arrays: Any  # [B, N, ...] each, so that every device has its share of each part
+    count: Any  # int32
+
+    def part(self, i):
+        """-> arrays [B, ...]."""
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False), self.arrays)
+
+
+def put_parts(parts: Parts, mesh) -> Parts:
+    """Host arrays onto the mesh, each part split over the batch axes."""
+    return Parts(put_batch(parts.arrays, mesh), jnp.int32(parts.count))
+
+
 def language_model_loss(net):
     """loss_fn of SFT and pretraining: weighted cross-entropy on a packed batch (see data.pack)."""
 
@@ -60,8 +76,8 @@ def make_train_step(loss_fn: Callable, tx: optax.GradientTransformation, mesh, m
     """-> jitted (state, frozen, batch, key) -> (state, metrics). The state is donated.
 
     loss_fn(params, batch, key) -> (loss, metrics), means over metrics["weight"] tokens or rows; its params are state.params
-    joined with `frozen`, those that no gradient is taken of ({}: none). `microbatches`: the batch is split that many ways along
-    B and the parts count by their weights, so the mean is that of the whole batch.
+    joined with `frozen`, those that no gradient is taken of ({}: none). The parts of a batch, those of Parts or B split in
+    `microbatches`, count by their weights, so the mean is that of the whole batch.
     """
 
     def gradient(params, frozen, batch, key):
@@ -71,27 +87,29 @@ def make_train_step(loss_fn: Callable, tx: optax.GradientTransformation, mesh, m
         (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
         return optim.wide(grads), {"loss": loss, **metrics}
 
-    def accumulate(params, frozen, batch, key):
-        parts = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
-
-        def one(total, part):
-            i, rows = part
-            rows = jax.lax.with_sharding_constraint(rows, P(BATCH))
+    def accumulate(params, frozen, parts: Parts, key):
+        def one(i, total):
+            rows = jax.lax.with_sharding_constraint(parts.part(i), P(BATCH))
             grads, metrics = gradient(params, frozen, rows, jax.random.fold_in(key, i))
             weight = metrics.pop("weight")
             weighted = jax.tree.map(lambda x: x * weight, (grads, metrics))
-            return jax.tree.map(jnp.add, total, (*weighted, weight)), None
+            return jax.tree.map(jnp.add, total, (*weighted, weight))
 
-        first = jax.tree.map(lambda x: x[0], parts)
-        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, params, frozen, first, key))
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, params, frozen, parts.part(0), key))
         start = (zeros[0], {k: v for k, v in zeros[1].items() if k != "weight"}, zeros[1]["weight"])
-        (grads, metrics, weight), _ = jax.lax.scan(one, start, (jnp.arange(microbatches), parts))
+        grads, metrics, weight = jax.lax.fori_loop(0, parts.count, one, start)
         grads, metrics = jax.tree.map(lambda x: x / jnp.maximum(weight, 1.0), (grads, metrics))
         return grads, metrics | {"weight": weight}
 
     def step(state: TrainState, frozen, batch, key):
         key = jax.random.fold_in(key, state.step)
-        grads, metrics = (gradient if microbatches == 1 else accumulate)(state.params, frozen, batch, key)
+        if isinstance(batch, Parts):
+            grads, metrics = accumulate(state.params, frozen, batch, key)
+        elif microbatches > 1:  # every device keeps its rows
+            arrays = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]), batch)
+            grads, metrics = accumulate(state.params, frozen, Parts(arrays, microbatches), key)
+        else:
+            grads, metrics = gradient(state.params, frozen, batch, key)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optim.apply(state.params, updates, key)
         metrics = metrics | {"gradient_norm": optax.tree.norm(grads)}

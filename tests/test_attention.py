@@ -372,15 +372,14 @@ def test_kernels_are_told_no_less_than_what_rows_hold(monkeypatch):
     net, params = tiny.net(), jax.tree.map(jnp.asarray, tiny.params())
     head = {"kernel": jnp.ones((32, 1)), "bias": jnp.zeros(1)}
     tokens, lengths = (jnp.asarray(x) for x in tiny.rows([8, 5], 8))
-    rows = row_batch(tokens, lengths) | {"targets": tokens, "weights": jnp.ones((2, 8))}
-    rollout = {"joined": tokens, "lengths": lengths - 2, "response": tokens[:, :2], "response_lengths": jnp.full(2, 2)}
-    pair = {"last": jnp.zeros((2, 1, 2), jnp.int32), "at": tokens * 0, "next": tokens, "owner": tokens * 0}
+    rows = row_batch(tokens, lengths) | {"targets": tokens, "weights": jnp.ones((2, 8)), "next": tokens}
+    pair = {"last": jnp.zeros((2, 1, 2), jnp.int32), "at": tokens * 0, "owner": tokens * 0}
     cases = {
-        "packed": [lambda: language_model_loss(net)(params, rows, None)],
-        "alone": [
-            lambda: policy_and_value(net, {"policy": params, "value": {"head": head, "trunk": params}}, rollout, 1.0),
-            lambda: reward_scores(net, {"trunk": params, "head": head}, tokens, lengths),
+        "packed": [
+            lambda: language_model_loss(net)(params, rows, None),
+            lambda: policy_and_value(net, {"policy": params, "value": {"head": head, "trunk": params}}, rows, 1.0),
         ],
+        "alone": [lambda: reward_scores(net, {"trunk": params, "head": head}, tokens, lengths)],
         "trees": [
             lambda: reward.pair_scores(net, {"trunk": params, "head": head}, rows | pair),
             lambda: dpo.response_logprobs(net, params, rows | pair),

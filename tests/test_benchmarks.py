@@ -28,7 +28,7 @@ import work  # noqa: E402
         ("logprobs", ["--peers="], ["ours"]),
         ("train", ["--peers=floor", "--cases=sft-mixed"], ["ours", "floor: plain JAX"]),
         ("train", ["--peers=", "--cases=reward-mixed,dpo-equal"], ["ours", "ours"]),
-        ("ppo", ["--peers="], ["ours"]),
+        ("ppo", ["--peers="], ["ours", "ours"]),
     ],
 )
 def test_a_benchmark_prints_a_table_of_finite_numbers(tmp_path, benchmark, options, names):
@@ -135,7 +135,7 @@ def test_lengths_and_contexts_are_those_that_the_definitions_state():
 def test_every_case_has_contenders_and_a_definition():
     cases = {case for found in work.CASES.values() for case in found}
     assert cases == set(run.CONTENDERS) and all(work.definition(case, work.FULL) for case in cases)
-    assert list(run.contenders("ppo", ["floor"])) == ["ours"]
+    assert list(run.contenders("ppo-mixed", ["floor"])) == ["ours"]
     assert list(run.contenders("critique", ["torch", "floor"]))[:2] == ["ours", "floor: plain JAX"]
 
 

@@ -21,7 +21,8 @@ TIERS = (
     {"data"},
     {"slots", "pairs"},  # 2
     {"generate", "score"},
-    {"train", "experience"},  # 3
+    {"train"},  # 3
+    {"experience"},
     {"stages", "miniworld", "evaluation"},  # 4: evaluation stands between what stages share and the stages
     {"export"},  # 5
     {"main"},

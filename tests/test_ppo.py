@@ -15,18 +15,19 @@ from jax import monitoring
 
 from cai_jax import config, losses, optim, prompts
 from cai_jax.data import pad_rows
-from cai_jax.experience import before_each, join, policy_and_value, ppo_loss, scaled_head, take
+from cai_jax.experience import Layout, layout, minibatch, packed, policy_and_value, ppo_loss, scaled_head
 from cai_jax.experience import experience as experience_of
 from cai_jax.models.heads import apply_head, init_head
 from cai_jax.models.transformer import cast_matrices
 from cai_jax.sampling import record_keys
 from cai_jax.sharding import put, put_batch
 from cai_jax.slots import Sampled, generate
-from cai_jax.stages.ppo import Frozen, PPOState, PromptPool, again, iteration
-from cai_jax.train import init_state, make_train_step
+from cai_jax.stages.ppo import Frozen, PPOState, PromptPool, again, iteration, packer
+from cai_jax.train import Parts, init_state, make_train_step
 
 R = 6
 C = config.PPO(sampling=config.Sampling(max_tokens=R, temperature=0.7), missing_eos_penalty=3.0, whiten_advantages=False)
+C = replace(C, batch_size=8, minibatches=1)
 SCALE = {"mean": 0.25, "std": 2.0}
 
 
@@ -44,7 +45,13 @@ def world(mesh):
 
 
 def experience(c, params, reference, reward, scale, kl_coef, batch, out):
-    return experience_of((tiny.net(),) * 3, c, (params, reference, reward), scale, kl_coef, batch, out)
+    """-> (rollout, metrics, its texts in one part)."""
+    mesh = batch["tokens"].sharding.mesh
+    texts, at = packer(c, jax.device_get(batch), out, mesh)(range(8))
+    weights = params, reference, reward
+    nets = (tiny.net(),) * 3
+    rollout, metrics = experience_of(nets, c, weights, scale, kl_coef, batch["helpful"], out, texts, put_batch(at, mesh))
+    return rollout, metrics, minibatch(rollout, texts).part(0)
 
 
 def test_the_value_head_starts_on_the_scale_of_the_scores(mesh1):
@@ -65,28 +72,83 @@ def test_bfloat16_leaves_norms_and_heads_in_float32(mesh1):
     assert apply_head(cast["head"], jnp.ones((2, tiny.CFG.width), jnp.bfloat16)).dtype == jnp.float32
 
 
-def test_join_puts_the_response_behind_its_prompt():
-    tokens = jnp.array([[5, 6, 7, 0], [5, 0, 0, 0], [1, 2, 3, 4]])
-    response = jnp.array([[8, 9], [8, 0], [8, 9]])
-    joined = join(tokens, jnp.array([3, 1, 4]), response)
-    assert joined.tolist() == [[5, 6, 7, 8, 9, 9], [5, 8, 0, 0, 0, 0], [1, 2, 3, 4, 8, 9]]
+def some_texts(seed: int, count: int, P: int = 9):
+    """-> (prompt and response of each, tokens of the prompts)."""
+    rng = np.random.default_rng(seed)
+    lengths, said = rng.integers(1, P + 1, count), rng.integers(1, R + 1, count)
+    return [rng.integers(2, 98, n + m, np.int32) for n, m in zip(lengths, said, strict=True)], lengths
 
 
-def test_before_each_reads_one_place_before_every_response_token():
-    hidden = jnp.arange(10.0)[None, :, None] * jnp.ones((2, 1, 3))
-    out = before_each(hidden, jnp.array([3, 5]), 4)
-    assert out[:, :, 0].tolist() == [[2, 3, 4, 5], [4, 5, 6, 7]]
+@pytest.mark.parametrize("to", [Layout(1, 32, 2), Layout(2, 32, 2), Layout(4, 15, 1)])
+def test_packed_texts_stand_whole_and_what_belongs_to_them_is_found(to):
+    for seed in range(5):
+        rows, prompts_B = some_texts(seed, 11)
+        index = np.random.default_rng(seed).permutation(11)[:8]
+        (x, count), at = packed(rows, prompts_B, index, to, R)
+        flat = {name: value.reshape(-1) for name, value in x.items()}
+        assert {value.shape for value in x.values()} == {(to.rows, -(-8 // to.held // to.rows), to.length)}
+        for b in index:
+            last, said = at["last"][b], rows[b][prompts_B[b] :]
+            span = slice(last + 1 - len(rows[b]), last + 1)
+            assert flat["tokens"][span].tolist() == rows[b].tolist()
+            assert flat["positions"][span].tolist() == list(range(len(rows[b])))
+            assert set(flat["ends"][span]) == {last % to.length + 1}
+            places = at["place"][b, : len(said)]
+            assert places.tolist() == list(range(last - len(said), last)) and flat["next"][places].tolist() == said.tolist()
+            assert flat["answer"][places].tolist() == [1 + b * R + t for t in range(len(said))]
+        answers = sum(len(rows[b]) - prompts_B[b] for b in index)
+        assert np.count_nonzero(x["answer"]) == answers and np.count_nonzero(x["ends"]) == sum(len(rows[b]) for b in index)
+        full = [bool(x["ends"][:, i].any()) for i in range(x["ends"].shape[1])]
+        assert full == [i < count for i in range(len(full))]
+
+
+def test_parts_have_one_size_whatever_the_texts_and_short_texts_make_few():
+    to = layout(64, 100, 2)
+    assert to.length == 256 and to.held == 2 and to.rows % 2 == 0
+    shapes, counts = set(), []
+    for size in (100, 50, 10):
+        (x, count), _ = packed([np.ones(size, np.int32)] * 64, [size // 2] * 64, range(64), to, 50)
+        shapes.add(x["tokens"].shape)
+        counts.append(int(count))
+    assert len(shapes) == 1 and counts == [8, 4, 1]
+    for ways, shape in ((64, (64, 1, 128)), (32, (32, 1, 256)), (16, (32, 1, 256))):  # never more than the longest texts fill
+        (x, count), _ = packed([np.ones(100, np.int32)] * 64, [50] * 64, range(64), layout(64, 100, ways), 50)
+        assert x["tokens"].shape == shape and count == 1
+
+
+def test_parts_teach_what_the_whole_teaches(mesh1):
+    """Also when what nothing lies in is not a number: it is not looked at."""
+    params, reward, batch, out = world(mesh1)
+    with jax.set_mesh(mesh1):
+        both = {"policy": params, "value": reward}
+        rollout, _, _ = experience(C, both, tiny.on(mesh1), reward, SCALE, jnp.float32(0.2), batch, out)
+        tokens, lengths, said, answered = jax.device_get((batch["tokens"], batch["lengths"], out.tokens_BR, out.lengths_B))
+        rows = [np.concatenate([tokens[b, : lengths[b]], said[b, : answered[b]]]) for b in range(8)]
+        tx = optim.make(C.optimizer, 4)
+        step, found = make_train_step(ppo_loss(tiny.net(), C), tx, mesh1), []
+        for to in (Layout(8, 32, 2), Layout(1, 32, 2), Layout(2, 16, 1)):
+            (x, count), _ = packed(rows, lengths, range(8), to, R)
+            x, count = minibatch(rollout, Parts(x, jnp.int32(count)))
+            assert to.rows == 8 or 1 < count < x["tokens"].shape[1] or to.length == 16
+            x["old_logp"] = x["old_logp"].at[:, int(count) :].set(jnp.nan)
+            state = init_state(tiny.copy(both), tx, mesh1)
+            state, metrics = step(state, {}, Parts(x, count), jax.random.key(0))
+            moved = [metrics.pop(name) for name in ("approx_kl", "ratio_error")]  # 0, but for rounding
+            assert max(abs(float(x)) for x in moved) < 1e-5
+            found.append(jax.device_get((state.opt_state, metrics)))  # its moments are the gradient, and its square
+    for other in found[1:]:
+        tiny.assert_close(other, found[0], 2e-5)
 
 
 def test_lesson_02_and_03_scored_logprobs_are_those_of_the_sampler(mesh1):
     with jax.set_mesh(mesh1):
         params, reward, batch, out = world(mesh1)
         both = {"policy": params, "value": {"head": reward["head"]}}
-        rollout, metrics = experience(C, both, params, reward, SCALE, jnp.float32(0.2), batch, out)
+        _, metrics, _ = experience(C, both, params, reward, SCALE, jnp.float32(0.2), batch, out)
         assert float(metrics["drift"]) < 1e-5
         assert abs(float(metrics["kl"])) < 1e-5
-        hot = config.PPO(sampling=config.Sampling(max_tokens=R, temperature=1.0))
-        _, wrong = experience(hot, both, params, reward, SCALE, jnp.float32(0.2), batch, out)
+        hot = replace(C, sampling=config.Sampling(max_tokens=R, temperature=1.0))
+        _, wrong, _ = experience(hot, both, params, reward, SCALE, jnp.float32(0.2), batch, out)
         assert float(wrong["drift"]) > 0.01  # a forgotten temperature shows
 
 
@@ -95,13 +157,16 @@ def test_lesson_01_and_04_the_score_lands_on_the_last_token_with_its_fraction(me
         params, reward, batch, out = world(mesh1)
         other = put(tiny.params(seed=1), mesh1)
         both = {"policy": params, "value": {"head": reward["head"]}}
-        rollout, metrics = experience(C, both, other, reward, SCALE, jnp.float32(0.5), batch, out)
+        rollout, metrics, _ = experience(C, both, other, reward, SCALE, jnp.float32(0.5), batch, out)
     out, rollout = jax.device_get((out, rollout))
     assert 0 < out.finished_B.sum() < 8 and len(set(out.lengths_B.tolist())) > 2
-    lengths, mask = np.asarray(jax.device_get(batch["lengths"])), rollout["mask"]
+    tokens, lengths = jax.device_get((batch["tokens"], batch["lengths"]))
+    mask = (np.arange(R)[None] < out.lengths_B[:, None]).astype(np.float32)
+    rows = [np.concatenate([tokens[b, : lengths[b]], out.tokens_BR[b, : out.lengths_B[b]]]) for b in range(8)]
+    joined, _ = pad_rows(rows, 14)
 
     def scored(params):  # log-probs of the response by a plain forward, [8, R]
-        logits = np.asarray(tiny.logits(tiny.net(), params, rollout["joined"], lengths + out.lengths_B)) / 0.7
+        logits = np.asarray(tiny.logits(tiny.net(), params, joined, lengths + out.lengths_B)) / 0.7
         at = lengths[:, None] - 1 + np.arange(R)[None]
         logp = np.take_along_axis(tiny.log_softmax(logits), np.minimum(at, logits.shape[1] - 1)[:, :, None], axis=1)
         return np.take_along_axis(logp, out.tokens_BR[:, :, None], axis=2)[:, :, 0]
@@ -130,13 +195,13 @@ def test_the_first_minibatch_has_ratio_one_and_a_later_one_clips(mesh1):
     with jax.set_mesh(mesh1):
         params, reward, batch, out = world(mesh1)
         both = {"policy": params, "value": {"head": reward["head"]}}
-        rollout, _ = experience(C, both, params, reward, SCALE, jnp.float32(0.2), batch, out)
+        _, _, part = experience(C, both, params, reward, SCALE, jnp.float32(0.2), batch, out)
         loss = jax.jit(ppo_loss(tiny.net(), C))
-        _, first = loss(both, rollout, None)
+        _, first = loss(both, part, None)
         assert float(first["ratio_error"]) < 1e-4 and float(first["clip_fraction"]) == 0
-        grads = jax.jit(jax.grad(lambda p: loss(p, rollout, None)[0]))(both)
+        grads = jax.jit(jax.grad(lambda p: loss(p, part, None)[0]))(both)
         moved = jax.tree.map(lambda p, g: p - 0.3 * g / (1e-8 + jnp.abs(g).max()), both, grads)
-        _, later = loss(moved, rollout, None)
+        _, later = loss(moved, part, None)
         assert float(later["clip_fraction"]) > 0 and float(later["approx_kl"]) > 0
 
 
@@ -145,12 +210,12 @@ def test_what_lies_behind_the_end_changes_nothing(mesh1):
         params, reward, batch, out = world(mesh1)
         both = {"policy": params, "value": {"head": reward["head"]}}
         junk = jnp.where(jnp.arange(R)[None] < out.lengths_B[:, None], out.tokens_BR, 50)
-        a, am = experience(C, both, params, reward, SCALE, jnp.float32(0.2), batch, out)
-        b, bm = experience(C, both, params, reward, SCALE, jnp.float32(0.2), batch, out._replace(tokens_BR=junk))
+        a, am, part_a = experience(C, both, params, reward, SCALE, jnp.float32(0.2), batch, out)
+        b, bm, part_b = experience(C, both, params, reward, SCALE, jnp.float32(0.2), batch, out._replace(tokens_BR=junk))
         for name in ("advantages", "returns"):
             np.testing.assert_allclose(a[name], b[name], atol=1e-5)
         assert float(am["score"]) == pytest.approx(float(bm["score"]), abs=1e-5)
-        la, lb = (ppo_loss(tiny.net(), C)(both, x, None)[0] for x in (a, b))
+        la, lb = (ppo_loss(tiny.net(), C)(both, x, None)[0] for x in (part_a, part_b))
         assert float(la) == pytest.approx(float(lb), abs=1e-5)
 
 
@@ -158,9 +223,9 @@ def test_shared_and_separate_value_networks_read_their_own_trunk(mesh1):
     with jax.set_mesh(mesh1):
         params, reward, batch, out = world(mesh1)
         shared, separate = {"head": reward["head"]}, {"head": reward["head"], "trunk": put(tiny.params(seed=1), mesh1)}
-        rollout, _ = experience(C, {"policy": params, "value": shared}, params, reward, SCALE, jnp.float32(0.2), batch, out)
-        a = policy_and_value(tiny.net(), {"policy": params, "value": shared}, rollout, 0.7)
-        b = policy_and_value(tiny.net(), {"policy": params, "value": separate}, rollout, 0.7)
+        *_, part = experience(C, {"policy": params, "value": shared}, params, reward, SCALE, jnp.float32(0.2), batch, out)
+        a = policy_and_value(tiny.net(), {"policy": params, "value": shared}, part, 0.7)
+        b = policy_and_value(tiny.net(), {"policy": params, "value": separate}, part, 0.7)
         np.testing.assert_array_equal(a[0], b[0])
         assert np.abs(np.asarray(a[2] - b[2])).max() > 0.1
 
@@ -171,7 +236,7 @@ def test_eight_devices_give_the_experience_of_one(mesh1, mesh8):
         with jax.set_mesh(mesh):
             params, reward, batch, out = world(mesh)
             both = {"policy": params, "value": {"head": reward["head"]}}
-            rollout, metrics = experience(C, both, params, reward, SCALE, jnp.float32(0.2), batch, out)
+            rollout, metrics, _ = experience(C, both, params, reward, SCALE, jnp.float32(0.2), batch, out)
             found.append(jax.device_get((out, rollout, metrics)))
     assert isinstance(found[0][0], Sampled)
     np.testing.assert_array_equal(found[0][0].tokens_BR, found[1][0].tokens_BR)
@@ -179,10 +244,10 @@ def test_eight_devices_give_the_experience_of_one(mesh1, mesh8):
         np.testing.assert_allclose(found[0][1][name], found[1][1][name], atol=2e-5, err_msg=name)
 
 
-def test_take_keeps_rows_together():
-    rollout = {"a": jnp.arange(6), "b": jnp.arange(12).reshape(6, 2)}
-    out = take(rollout, jnp.array([4, 1]))
-    assert out["a"].tolist() == [4, 1] and out["b"].tolist() == [[8, 9], [2, 3]]
+def test_a_minibatch_has_what_the_rollout_found_for_each_answer():
+    parts = Parts({"answer": jnp.array([[[0, 3], [4, 0]]]), "tokens": jnp.array([[[5, 6], [7, 8]]])}, jnp.int32(2))
+    out = minibatch({"old_logp": jnp.array([[1.0, 2.0], [3.0, 4.0]])}, parts)
+    assert out.arrays["old_logp"].tolist() == [[[0, 3], [4, 0]]] and out.arrays["tokens"].tolist() == [[[5, 6], [7, 8]]]
 
 
 def pool(tmp_path, redteam: int, helpful: int, **ppo):

@@ -17,14 +17,14 @@ from cai_jax import checkpoints, losses, optim, prompts
 from cai_jax.config import Config, as_dict
 from cai_jax.data import bucket, load_pool, pad_rows
 from cai_jax.evaluation import Watch
-from cai_jax.experience import experience, ppo_loss, scaled_head, take
+from cai_jax.experience import experience, layout, minibatch, packed, ppo_loss, scaled_head
 from cai_jax.metrics import Metrics
 from cai_jax.models import LM, compute_dtype, lora
 from cai_jax.models.heads import init_head
 from cai_jax.models.transformer import Transformer, cast_matrices
 from cai_jax.progress import Progress
 from cai_jax.sampling import record_keys
-from cai_jax.sharding import put, put_batch
+from cai_jax.sharding import batch_ways, put, put_batch
 from cai_jax.slots import generate
 from cai_jax.stages import (
     Start,
@@ -39,7 +39,7 @@ from cai_jax.stages import (
     stream,
     trunk,
 )
-from cai_jax.train import TrainState, init_state, make_train_step, resumed
+from cai_jax.train import TrainState, init_state, make_train_step, put_parts, resumed
 from cai_jax.workdir import InputError, Stopped, begin, finish, outputs, stopping
 
 STAGE, NAME = "ppo", "rl_cai"
@@ -163,7 +163,10 @@ def iteration(cfg: Config, mesh, state: PPOState, step, frozen: Frozen, pool, ke
     read = put_batch(again(frozen, asked, out, pool.reread), mesh) if frozen.templates else None
     nets = net, reference.net(), frozen.reward.net()
     weights = params, reference.params, frozen.reward.params
-    rollout, metrics = experience(nets, c, weights, frozen.scale, state.kl_coef, batch, out, read)
+    pack = packer(c, arrays, out, mesh)
+    texts, at = pack(range(c.batch_size))
+    at = put_batch(at, mesh)
+    rollout, metrics = experience(nets, c, weights, frozen.scale, state.kl_coef, batch["helpful"], out, texts, at, read)
     metrics = {k: float(v) for k, v in metrics.items()}
     if not metrics["drift"] <= c.max_drift:
         raise InputError(
@@ -173,11 +176,10 @@ def iteration(cfg: Config, mesh, state: PPOState, step, frozen: Frozen, pool, ke
         )
     clock.append(time.monotonic())
     train, updates = state.train, []
-    size = c.batch_size // c.minibatches
     for epoch in range(c.epochs):
         order = np.random.default_rng([cfg.seed, t, epoch]).permutation(c.batch_size)
-        for m in range(c.minibatches):
-            train, values = step(train, frozen.params, take(rollout, jnp.asarray(order[m * size : (m + 1) * size])), key)
+        for index in np.split(order, c.minibatches):
+            train, values = step(train, frozen.params, minibatch(rollout, pack(index)[0]), key)
             updates.append(values)
         if c.target_kl and np.mean([float(u["approx_kl"]) for u in updates[-c.minibatches :]]) > c.target_kl:
             break
@@ -193,6 +195,22 @@ def iteration(cfg: Config, mesh, state: PPOState, step, frozen: Frozen, pool, ke
     clock.append(time.monotonic())
     phases = dict(zip(("rollout", "score", "update"), np.round(np.diff(clock), 4).tolist(), strict=True))
     return PPOState(train, coef, state.iteration + 1), metrics, phases
+
+
+def packer(c, arrays: dict, out, mesh):
+    """-> f(index): those rollouts in parts on the mesh, and where things lie in them (see experience.packed). Parts are
+    made for minibatches of the longest texts there could be."""
+    P, R = arrays["tokens"].shape[1], c.sampling.max_tokens
+    said, lengths_B = jax.device_get((out.tokens_BR, out.lengths_B))
+    both = zip(arrays["tokens"], arrays["lengths"], said, lengths_B, strict=True)
+    rows = [np.concatenate([prompt[:n], response[:m]]) for prompt, n, response, m in both]
+    to = layout(c.batch_size // c.minibatches, P + R, batch_ways(mesh))
+
+    def pack(index):
+        texts, at = packed(rows, arrays["lengths"], index, to, R)
+        return put_parts(texts, mesh), at
+
+    return pack
 
 
 def again(frozen: Frozen, asked: list[list[dict]], out, width: int = 0) -> dict:

@@ -123,7 +123,7 @@ def main() -> None:
         lines.append([f"decode step, {rows} slots", f"{took * 1e3:.3g} ms, {rows / took:,.0f} tokens/s", share])
     took = median(x["seconds"] for x in runs_of(ours.sft, s, "sft-equal")) / s.train_steps
     lines.append(["SFT step", f"{took * 1e3:.4g} ms", f"MFU {work.step_cost(s) / took / peak:.0%} {of}".replace("%", " %")])
-    iterations = runs_of(ours.ppo_iteration, s, "ppo")
+    iterations = runs_of(ours.ppo_iteration, s, "ppo-equal")
     for phase in ("rollout", "score", "update", "seconds"):
         lines.append(
             [f"PPO, {phase}".replace("seconds", "whole iteration"), f"{median(x[phase] for x in iterations):.3g} s", ""]

@@ -13,7 +13,7 @@ import work
 from worker import Job, main
 
 from cai_jax import generate as generate_texts
-from cai_jax import optim, records, tokenizer, train
+from cai_jax import optim, records, slots, tokenizer, train
 from cai_jax.config import PPO, Optimizer, Sampling
 from cai_jax.data import pack, pad_rows
 from cai_jax.experience import ppo_loss
@@ -212,14 +212,29 @@ def dpo_steps(job: Job, turns):
     steps(turns, mesh, dpo.preference_loss(lm.net(**LAYERS), 0.1), lm.params, a_pass(pairs, job, mesh), tokens)
 
 
+def of_lengths(counts):
+    """The rollouts of slots.generate, as if row i had ended after counts[i] tokens: they end with the longest."""
+    longest = int(counts.max())
+    live = np.arange(longest)[None] < counts[:, None]
+
+    def generate(*args, max_new, **options):
+        out = slots.generate(*args, max_new=longest, **options)
+        tokens, logp = (jnp.pad(jnp.where(live, x, 0), ((0, 0), (0, max_new - longest))) for x in (out.tokens_BR, out.logp_BR))
+        return slots.Sampled(tokens, jnp.asarray(counts), out.finished_B | True, logp)
+
+    return generate
+
+
 def ppo_iteration(job: Job, turns):
     (mesh, lm), s = load(job), job.sizes
     c = PPO(batch_size=s.rows, epochs=s.epochs, minibatches=1, missing_eos_penalty=0.0, optimizer=RATE)
-    c = replace(c, sampling=Sampling(max_tokens=s.new, batch_size=s.rows))
+    c = replace(c, sampling=Sampling(max_tokens=s.cap if job.case == "ppo-mixed" else s.new, batch_size=s.rows))
     net, scored = lm.net(**LAYERS), trunk_and_head(job, lm.params)
     frozen = ppo.Frozen(net, {}, lm, lm._replace(params=scored), None, {"mean": 0.0, "std": 1.0})
-    prompts, lengths = pad_rows(work.generate(s), s.prompt)
-    batch = {"tokens": prompts, "lengths": lengths, "helpful": np.ones(s.rows, np.float32)}
+    prompts, counts = work.rollouts(s, job.case)
+    tokens, lengths = pad_rows(prompts, None if job.case == "ppo-mixed" else s.prompt)
+    batch = {"tokens": tokens, "lengths": lengths, "helpful": np.ones(s.rows, np.float32)}
+    ppo.generate = of_lengths(counts)
     pool, cfg = SimpleNamespace(batch_at=lambda t: (batch, None)), SimpleNamespace(seed=0, ppo=c)
     tx = optim.make(RATE, 1000)
     trained = jax.tree.map(jnp.copy, {"policy": lm.params, "value": scored})  # steps donate what they are given
@@ -230,7 +245,7 @@ def ppo_iteration(job: Job, turns):
         nonlocal state
         t = int(state.iteration)
         state, _, seconds = ppo.iteration(cfg, mesh, state, step, frozen, pool, jax.random.key(t), t)
-        return {"tokens": s.rows * s.new} | seconds
+        return {"tokens": int(counts.sum())} | seconds
 
     turns.repeat(run)
 
@@ -238,7 +253,7 @@ def ppo_iteration(job: Job, turns):
 TRAINING = {"sft": sft, "reward": reward_steps, "dpo": dpo_steps}
 WORKLOADS = {"generate": generate, "mixed": mixed, "critique": critique, "options": options, "logprobs": logprobs}
 WORKLOADS |= {f"{kind}-{data}": f for data in ("equal", "mixed") for kind, f in TRAINING.items()}
-WORKLOADS |= {"ppo": ppo_iteration, "decode": decode, "critique:apart": apart}
+WORKLOADS |= {"ppo-equal": ppo_iteration, "ppo-mixed": ppo_iteration, "decode": decode, "critique:apart": apart}
 
 if __name__ == "__main__":
     main(WORKLOADS, "jax", "flax", "optax")

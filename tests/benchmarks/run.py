@@ -46,13 +46,14 @@ CONTENDERS = {
     "reward-mixed": {"TRL": "trl"},
     "dpo-equal": {"TRL": "trl", "TRL, reference in every step": "trl dpo-equal:default"},
     "dpo-mixed": {"TRL": "trl", "TRL, reference in every step": "trl dpo-mixed:default"},
-    "ppo": {"TRL": "trl", "tunix": "tunix"},
+    "ppo-equal": {"TRL": "trl", "tunix": "tunix"},
+    "ppo-mixed": {"TRL": "trl"},
     "copy": {},
     "products": {"PyTorch": "torch"},
     "decode": {},
 }
 MACHINE = ("copy", "products")  # which our side has no part in
-NO_FLOOR = ("ppo",)
+NO_FLOOR = ("ppo-equal", "ppo-mixed")
 
 
 class Failed(SystemExit):

@@ -8,17 +8,19 @@ import sys
 from functools import partial
 from pathlib import Path
 
-if "ppo" in sys.argv:
+if any(argument.startswith("ppo") for argument in sys.argv):
     sys.path.insert(0, str(Path(sys.prefix).parent / "trl-ppo"))
 
 import numpy as np
 import torch
 import work
 from datasets import Dataset
+from model import END
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    LogitsProcessor,
     TrainerCallback,
 )
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
@@ -118,16 +120,33 @@ def tokens_of(pairs) -> int:
     return sum(2 * len(p) + len(a) + len(b) for p, a, b in pairs)
 
 
+class Ends(LogitsProcessor):
+    """Row i ends after its lengths[i] tokens behind a prompt of `width`, and not before."""
+
+    def __init__(self, lengths: np.ndarray, width: int):
+        self.last = torch.from_numpy(lengths) + width - 1
+
+    def __call__(self, ids, scores):
+        last = (ids.shape[1] >= self.last)[:, None]
+        end = torch.arange(scores.shape[1]) == END
+        return scores.masked_fill(last != end, -torch.inf)
+
+
 def ppo(job: Job, turns):
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     s = job.sizes
+    prompts, lengths = work.rollouts(s, job.case)
+    policy = language_model(job)
+    generate, ends = policy.generate, Ends(lengths, max(map(len, prompts)))
+    policy.generate = lambda *args, **options: generate(*args, logits_processor=[ends], **options)
     config = PPOConfig(
         total_episodes=FOREVER,
         num_ppo_epochs=s.epochs,
         num_mini_batches=1,
         local_rollout_forward_batch_size=s.rows,
-        response_length=s.new,
+        response_length=int(lengths.max()),
+        stop_token="eos",
         temperature=1.0,
         num_sample_generations=0,
         **arguments(job, s.rows),
@@ -135,17 +154,17 @@ def ppo(job: Job, turns):
     trainer = PPOTrainer(
         args=config,
         processing_class=AutoTokenizer.from_pretrained(job.folder, padding_side="left"),
-        model=language_model(job),
+        model=policy,
         ref_model=language_model(job),
         reward_model=scored_model(job),
         value_model=scored_model(job),
-        train_dataset=Dataset.from_dict({"input_ids": work.generate(s).tolist()}),
-        callbacks=[Passes(turns, 1, s.rows * s.new)],
+        train_dataset=Dataset.from_dict({"input_ids": [row.tolist() for row in prompts]}),
+        callbacks=[Passes(turns, 1, int(lengths.sum()))],
     )
     trainer.train()
 
 
-WORKLOADS = {"ppo": ppo, "sft-mixed:packing": partial(sft, packing=True)}
+WORKLOADS = {"ppo-equal": ppo, "ppo-mixed": ppo, "sft-mixed:packing": partial(sft, packing=True)}
 for data in ("equal", "mixed"):
     WORKLOADS |= {f"sft-{data}": sft, f"reward-{data}": reward, f"dpo-{data}": dpo}
     WORKLOADS[f"dpo-{data}:default"] = partial(dpo, ahead=False)

@@ -138,7 +138,7 @@ def ppo(job: Job, turns):
     PPOLearner(cluster, PPOConfig(num_iterations=s.epochs)).train(batches())
 
 
-WORKLOADS = {"generate": generate, "mixed": mixed, "ppo": ppo}
+WORKLOADS = {"generate": generate, "mixed": mixed, "ppo-equal": ppo}
 
 if __name__ == "__main__":
     main(WORKLOADS, "google-tunix", "jax", "flax")

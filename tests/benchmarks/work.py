@@ -18,7 +18,7 @@ CASES = {  # benchmark -> what is measured, one table each
     "options": ("options",),
     "logprobs": ("logprobs",),
     "train": ("sft-equal", "sft-mixed", "reward-equal", "reward-mixed", "dpo-equal", "dpo-mixed"),
-    "ppo": ("ppo",),
+    "ppo": ("ppo-equal", "ppo-mixed"),
     "roofline": ("copy", "products", "decode", "sft-equal"),
 }
 
@@ -30,10 +30,10 @@ class Sizes:
     shape: Shape = Shape()
     rows: int = 16  # decoded or scored together
     top_p: float = 0.9
-    prompt: int = 64  # of `generate` and `ppo`
+    prompt: int = 64  # of `generate` and `ppo-equal`
     new: int = 64
     records: int = 256  # of `mixed`
-    mean: int = 64
+    mean: int = 64  # of new tokens, there and of `ppo-mixed`
     cap: int = 256
     prompts: tuple[int, int] = (32, 96)
     critiques: int = 16  # records of `critique`
@@ -79,6 +79,8 @@ def definition(case: str, s: Sizes) -> str:
     one_step = f"{s.train_rows} rows of {s.train_length} tokens a step, {s.train_steps} steps, AdamW"
     mixed = f"lengths log-normal around 90, {s.train_cap // 16} to {s.train_cap}; one pass, AdamW; real tokens count"
     steps = "steps only, no start-up"
+    ppo = "at temperature 1, scores by a reward model, a reference and a value network of the policy's size, "
+    ppo += f"{s.epochs} epochs of one update of all rows."
     return {
         "generate": f"{s.rows} rows, {s.prompt} prompt tokens and {s.new} new ones each, top_p {s.top_p}, temperature 1.",
         "mixed": f"{s.records} records, prompts of {low} to {high} tokens, new tokens geometric with mean {s.mean}, at most "
@@ -99,8 +101,9 @@ def definition(case: str, s: Sizes) -> str:
         "reward-mixed": f"Reward model, {s.train_examples // 2} pairs, {mixed}; {steps}.",
         "dpo-mixed": f"DPO, {s.train_examples // 2} pairs, {mixed}; {steps}. Reference log-probs are taken before, unless it "
         "says otherwise.",
-        "ppo": f"A whole iteration: {s.rows} rollouts of {s.prompt} + {s.new} tokens at temperature 1, scores by a reward "
-        f"model, a reference and a value network of the policy's size, {s.epochs} epochs of one update of all rows.",
+        "ppo-equal": f"A whole iteration: {s.rows} rollouts of {s.prompt} + {s.new} tokens {ppo}",
+        "ppo-mixed": f"A whole iteration: {s.rows} rollouts, prompts of {low} to {high} tokens, responses geometric with mean "
+        f"{s.mean}, at most {s.cap}, the same for everyone {ppo}",
         "copy": "Copying arrays, one a core, reads and writes counted.",
         "products": "Float32 products of square matrices, the fastest of what is here.",
         "decode": f"One decoding step of {s.rows} rows at about {s.prompt + s.new} tokens of context.",
@@ -112,7 +115,7 @@ def _tokens(s: Shape, name: str, *size: int) -> np.ndarray:
 
 
 def generate(s: Sizes) -> np.ndarray:
-    """Prompts [rows, prompt] of `generate` and `ppo`."""
+    """Prompts [rows, prompt] of `generate` and `ppo-equal`."""
     return _tokens(s.shape, "generate", s.rows, s.prompt)
 
 
@@ -122,6 +125,14 @@ def mixed(s: Sizes) -> tuple[list[np.ndarray], np.ndarray]:
     low, high = s.prompts
     prompts = [_tokens(s.shape, f"mixed {i}", n) for i, n in enumerate(rng.integers(low, high + 1, s.records))]
     return prompts, np.minimum(rng.geometric(1 / s.mean, s.records), s.cap).astype(np.int32)
+
+
+def rollouts(s: Sizes, case: str) -> tuple[list[np.ndarray], np.ndarray]:
+    """-> (prompts of `ppo-*`, how many tokens each response has)."""
+    if case == "ppo-equal":
+        return list(generate(s)), np.full(s.rows, s.new, np.int32)
+    prompts, lengths = mixed(s)
+    return prompts[: s.rows], lengths[: s.rows]
 
 
 def critique(s: Sizes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
