@@ -2,8 +2,7 @@
 
     cai run --config=configs/miniworld.py --workdir=runs/quickstart
 
-Cost: three and a half minutes on two CPU cores (critique 33 s, sft 30, preferences 16, reward 33, ppo 73, evaluate 26, report
-3). Result, held-out prompts sampled at temperature 1, means of seeds 0 to 4: harm rate 1.00 -> 0.21 (supervised) -> 0.01 (PPO),
+Cost: three minutes on two CPU cores (critique 26 s, sft 25, preferences 13, reward 26, ppo 52, evaluate 21, report 4). Result, held-out prompts sampled at temperature 1, means of seeds 0 to 4: harm rate 1.00 -> 0.21 (supervised) -> 0.01 (PPO),
 helpfulness 1.00 -> 0.97 -> 0.95, over-refusal 0 -> 0.00 -> 0.01. Seed 0 alone: harm rate 1.00 -> 0.22 -> 0.02.
 """
 
@@ -11,6 +10,4 @@ from cai_jax.config import default
 
 
 def get_config():
-    cfg = default()
-    cfg.model.remat = "full"  # faster on CPU: less memory traffic
-    return cfg
+    return default()
