@@ -3,15 +3,17 @@
 import os
 import sys
 
+ONCE = "CAI_JAX_LARGE_PAGES"  # glibc takes its variable away from a program with more rights than its user
+
 
 def with_large_pages() -> None:
     """Starts this program anew in its place where glibc has to be told: it reads GLIBC_TUNABLES before Python begins.
 
     Weights and activations then lie in pages of 2 MB where the kernel gives them on request, as most do. On a CPU a decoding
-    step, which reads every weight once, takes a fifth less time. Who has set GLIBC_TUNABLES is left alone.
+    step, which reads every weight once, takes a fifth less time. Where GLIBC_TUNABLES is set it stays as it is.
     """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    if sys.platform == "linux" and sys.executable and not {"GLIBC_TUNABLES", ONCE} & os.environ.keys():
+        os.environ |= {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", ONCE: "1"}
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

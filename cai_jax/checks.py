@@ -128,7 +128,7 @@ def check_batches(cfg: Config, ways: int) -> None:
         "sft.rows": (cfg.sft.rows, cfg.sft.microbatches),
         "reward.batch_size": (cfg.reward.batch_size, cfg.reward.microbatches),
         "dpo.batch_size": (cfg.dpo.batch_size, cfg.dpo.microbatches),
-        "ppo.batch_size": (cfg.ppo.batch_size, cfg.ppo.minibatches),
+        "ppo.batch_size": (cfg.ppo.batch_size, 1),
     }
     if cfg.preferences.chain_of_thought:
         parts["preferences.thought.batch_size"] = (cfg.preferences.thought.batch_size, 1)

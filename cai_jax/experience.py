@@ -20,9 +20,14 @@ from cai_jax.sharding import constrain
 from cai_jax.train import Parts
 from cai_jax.trees import first_fit
 
-PARTS = 8  # that a batch of the longest texts makes, about: shorter ones make fewer, and cost less by so much
+PARTS = 8  # at least that a batch of the longest texts makes: shorter ones make fewer, and cost less by so much
 LEAST = {"cpu": 512}  # tokens of a device's part; below it moving weights takes longer than multiplying with them
 LEAST_ELSEWHERE = 8192
+
+
+def kind() -> str:
+    """What a row holds (see kernels.TEXTS): as many texts as fit, or one where the kernel is faster without a mask."""
+    return "alone" if machine() == "cudnn" else "packed"
 
 
 class Layout(NamedTuple):
@@ -35,6 +40,8 @@ class Layout(NamedTuple):
 
 def layout(texts: int, longest: int, ways: int) -> Layout:
     """For batches of `texts` texts or more, none of more than `longest` tokens; rows are split `ways` ways."""
+    if kind() == "alone":
+        return Layout(-(-texts // ways) * ways, bucket(longest), 1)
     length = bucket(longest * min(2, -(-texts // ways)))
     held = length // longest
     most = -(-texts // (held * ways))  # rows of a device, of the longest texts
@@ -52,7 +59,7 @@ def packed(rows: list[np.ndarray], lengths_B, index, to: Layout, R: int) -> tupl
         predicted; last [B], of a text's last token)
     """
     index = sorted(index, key=lambda b: -len(rows[b]))  # long ones first leave little room unused
-    placed = first_fit([len(rows[b]) for b in index], to.length)
+    placed = first_fit([to.length if kind() == "alone" else len(rows[b]) for b in index], to.length)
     most = -(-len(index) // to.held)  # rows
     N = -(-most // to.rows)
     x = {name: np.zeros((N * to.rows, to.length), np.int32) for name in ("tokens", "positions", "ends", "next", "answer")}
@@ -98,10 +105,10 @@ def scaled_head(head, scale):
 
 def policy_and_value(net, params, texts, temperature: float):
     """Log-prob of the token behind each place, entropy and value there. texts: one part. -> [rows, T] float32 each."""
-    hidden = hidden_states(net, params["policy"], texts, "packed")
+    hidden = hidden_states(net, params["policy"], texts, kind())
     logp, entropy = target_logprobs(net, params["policy"], hidden, texts["next"], temperature)
     if "trunk" in params["value"]:
-        hidden = hidden_states(net, params["value"]["trunk"], texts, "packed")
+        hidden = hidden_states(net, params["value"]["trunk"], texts, kind())
     return logp, entropy, apply_head(params["value"]["head"], hidden)
 
 
@@ -119,14 +126,13 @@ def experience(nets, c, weights, scale, kl_coef, helpful_B, out, texts: Parts, a
     mask = (jnp.arange(out.tokens_BR.shape[1])[None] < out.lengths_B[:, None]).astype(jnp.float32)
 
     def one(part):
-        found = dict(
-            zip(("logp", "entropy", "values"), policy_and_value(net, params, part, c.sampling.temperature), strict=True)
-        )
-        hidden = hidden_states(ref_net, reference, part, "packed")
-        found["reference"] = target_logprobs(ref_net, reference, hidden, part["next"], c.sampling.temperature)[0]
-        if not read:
-            found["score"] = apply_head(reward["head"], hidden_states(reward_net, reward["trunk"], part, "packed"))
-        return found
+        logp, _, values = policy_and_value(net, params, part, c.sampling.temperature)
+        hidden = hidden_states(ref_net, reference, part, kind())
+        ref_logp = target_logprobs(ref_net, reference, hidden, part["next"], c.sampling.temperature)[0]
+        found = {"logp": logp, "values": values, "reference": ref_logp}
+        if read:
+            return found
+        return found | {"score": apply_head(reward["head"], hidden_states(reward_net, reward["trunk"], part, kind()))}
 
     found = {name: constrain(x, None, None, None).reshape(-1) for name, x in each_part(one, texts).items()}
     logp, values, ref_logp = (found[name][at["place"]] * mask for name in ("logp", "values", "reference"))

@@ -150,3 +150,7 @@ def parse(argv: list[str]) -> list[str]:
 def cli() -> None:
     """The command line, to its end."""
     app.run(main, flags_parser=parse)
+
+
+if __name__ == "__main__":
+    cli()

@@ -103,13 +103,12 @@ def make_train_step(loss_fn: Callable, tx: optax.GradientTransformation, mesh, m
 
     def step(state: TrainState, frozen, batch, key):
         key = jax.random.fold_in(key, state.step)
-        if isinstance(batch, Parts):
-            grads, metrics = accumulate(state.params, frozen, batch, key)
-        elif microbatches > 1:  # every device keeps its rows
-            arrays = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]), batch)
-            grads, metrics = accumulate(state.params, frozen, Parts(arrays, microbatches), key)
+        if not isinstance(batch, Parts):  # every device keeps its rows
+            batch = Parts(jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]), batch), microbatches)
+        if jax.tree.leaves(batch.arrays)[0].shape[1] == 1:
+            grads, metrics = gradient(state.params, frozen, batch.part(0), key)
         else:
-            grads, metrics = gradient(state.params, frozen, batch, key)
+            grads, metrics = accumulate(state.params, frozen, batch, key)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optim.apply(state.params, updates, key)
         metrics = metrics | {"gradient_norm": optax.tree.norm(grads)}

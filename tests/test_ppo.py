@@ -1,4 +1,4 @@
-"""PPO's own pieces: rows joined from prompt and response, what is predicted from where, rewards, the loss, the prompts."""
+"""PPO's own pieces: texts packed in parts, what is predicted from where, rewards, the loss, the prompts."""
 
 import json
 from dataclasses import replace
@@ -20,6 +20,7 @@ from cai_jax.experience import experience as experience_of
 from cai_jax.models.heads import apply_head, init_head
 from cai_jax.models.transformer import cast_matrices
 from cai_jax.sampling import record_keys
+from cai_jax.score import reward_scores
 from cai_jax.sharding import put, put_batch
 from cai_jax.slots import Sampled, generate
 from cai_jax.stages.ppo import Frozen, PPOState, PromptPool, again, iteration, packer
@@ -45,7 +46,7 @@ def world(mesh):
 
 
 def experience(c, params, reference, reward, scale, kl_coef, batch, out):
-    """-> (rollout, metrics, its texts in one part)."""
+    """-> (rollout, metrics, the first part of its texts)."""
     mesh = batch["tokens"].sharding.mesh
     texts, at = packer(c, jax.device_get(batch), out, mesh)(range(8))
     weights = params, reference, reward
@@ -156,6 +157,7 @@ def test_lesson_01_and_04_the_score_lands_on_the_last_token_with_its_fraction(me
     with jax.set_mesh(mesh1):
         params, reward, batch, out = world(mesh1)
         other = put(tiny.params(seed=1), mesh1)
+        reward = reward | {"trunk": put(tiny.params(seed=2), mesh1)}
         both = {"policy": params, "value": {"head": reward["head"]}}
         rollout, metrics, _ = experience(C, both, other, reward, SCALE, jnp.float32(0.5), batch, out)
     out, rollout = jax.device_get((out, rollout))
@@ -164,6 +166,10 @@ def test_lesson_01_and_04_the_score_lands_on_the_last_token_with_its_fraction(me
     mask = (np.arange(R)[None] < out.lengths_B[:, None]).astype(np.float32)
     rows = [np.concatenate([tokens[b, : lengths[b]], out.tokens_BR[b, : out.lengths_B[b]]]) for b in range(8)]
     joined, _ = pad_rows(rows, 14)
+
+    raw = np.asarray(reward_scores(tiny.net(), reward, jnp.asarray(joined), jnp.asarray(lengths + out.lengths_B)))
+    score = (raw - SCALE["mean"]) / SCALE["std"] - 3.0 * ~out.finished_B
+    assert float(metrics["score"]) == pytest.approx(score.mean(), abs=1e-5) and score.std() > 0.1
 
     def scored(params):  # log-probs of the response by a plain forward, [8, R]
         logits = np.asarray(tiny.logits(tiny.net(), params, joined, lengths + out.lengths_B)) / 0.7
@@ -230,9 +236,12 @@ def test_shared_and_separate_value_networks_read_their_own_trunk(mesh1):
         assert np.abs(np.asarray(a[2] - b[2])).max() > 0.1
 
 
-def test_eight_devices_give_the_experience_of_one(mesh1, mesh8):
+@pytest.mark.parametrize("sizes", [(Layout(16, 32, 2),) * 2, (Layout(1, 32, 2), Layout(4, 16, 1))])
+def test_eight_devices_give_the_experience_of_one(mesh1, mesh8, sizes, monkeypatch):
+    """In one part, and in several with nothing in the last."""
     found = []
-    for mesh in (mesh1, mesh8):
+    for mesh, to in zip((mesh1, mesh8), sizes, strict=True):
+        monkeypatch.setattr("cai_jax.stages.ppo.layout", lambda *_, to=to: to)
         with jax.set_mesh(mesh):
             params, reward, batch, out = world(mesh)
             both = {"policy": params, "value": {"head": reward["head"]}}
@@ -242,6 +251,23 @@ def test_eight_devices_give_the_experience_of_one(mesh1, mesh8):
     np.testing.assert_array_equal(found[0][0].tokens_BR, found[1][0].tokens_BR)
     for name in found[0][1]:
         np.testing.assert_allclose(found[0][1][name], found[1][1][name], atol=2e-5, err_msg=name)
+    for name in found[0][2]:
+        np.testing.assert_allclose(found[0][2][name], found[1][2][name], rtol=1e-4, atol=2e-5, err_msg=name)
+
+
+def test_where_the_kernel_wants_one_text_a_row_it_has_one(mesh1, monkeypatch):
+    params, reward, batch, out = world(mesh1)
+    both, found = {"policy": params, "value": {"head": reward["head"]}}, []
+    with jax.set_mesh(mesh1):
+        for found_machine in ("cpu", "cudnn"):
+            monkeypatch.setattr("cai_jax.experience.machine", lambda x=found_machine: x)
+            _, metrics, part = experience(C, both, params, reward, SCALE, jnp.float32(0.2), batch, out)
+            part = jax.device_get(part)
+            found.append((jax.device_get(metrics), (part["positions"] == 0) & (part["ends"] > 0)))
+    for name in found[0][0]:
+        np.testing.assert_allclose(found[0][0][name], found[1][0][name], rtol=1e-4, atol=2e-5, err_msg=name)
+    begun = [np.sum(first, axis=1).tolist() for _, first in found]
+    assert max(begun[0]) > 1 and begun[1] == [1] * 8
 
 
 def test_a_minibatch_has_what_the_rollout_found_for_each_answer():
