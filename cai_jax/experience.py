@@ -21,8 +21,8 @@ from cai_jax.train import Parts
 from cai_jax.trees import first_fit
 
 PARTS = 8  # at least that a batch of the longest texts makes: shorter ones make fewer, and cost less by so much
-LEAST = {"cpu": 512}  # tokens of a device's part; below it moving weights takes longer than multiplying with them
-LEAST_ELSEWHERE = 8192
+LEAST = {"cpu": 512}  # tokens of a device's part, below which moving weights would take longer than multiplying with them
+LEAST_ELSEWHERE = 8192  # an estimate, not measured
 
 
 def kind() -> str:
@@ -93,7 +93,7 @@ def each_part(f, parts: Parts):
     found = jax.tree.map(lambda x: jnp.zeros((x.shape[0], N, *x.shape[1:]), x.dtype), jax.eval_shape(f, parts.part(0)))
 
     def one(i, found):
-        return jax.tree.map(lambda all, x: jax.lax.dynamic_update_index_in_dim(all, x, i, 1), found, f(parts.part(i)))
+        return jax.tree.map(lambda whole, x: jax.lax.dynamic_update_index_in_dim(whole, x, i, 1), found, f(parts.part(i)))
 
     return jax.lax.fori_loop(0, parts.count, one, found)
 

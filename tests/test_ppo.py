@@ -236,7 +236,7 @@ def test_shared_and_separate_value_networks_read_their_own_trunk(mesh1):
         assert np.abs(np.asarray(a[2] - b[2])).max() > 0.1
 
 
-@pytest.mark.parametrize("sizes", [(Layout(16, 32, 2),) * 2, (Layout(1, 32, 2), Layout(4, 16, 1))])
+@pytest.mark.parametrize("sizes", [(Layout(16, 32, 2),) * 2, (Layout(1, 32, 2), Layout(4, 32, 1))])
 def test_eight_devices_give_the_experience_of_one(mesh1, mesh8, sizes, monkeypatch):
     """In one part, and in several with nothing in the last."""
     found = []

@@ -234,7 +234,8 @@ def ppo_iteration(job: Job, turns):
     prompts, counts = work.rollouts(s, job.case)
     tokens, lengths = pad_rows(prompts, None if job.case == "ppo-mixed" else s.prompt)
     batch = {"tokens": tokens, "lengths": lengths, "helpful": np.ones(s.rows, np.float32)}
-    ppo.generate = of_lengths(counts)
+    if job.case == "ppo-mixed":
+        ppo.generate = of_lengths(counts)
     pool, cfg = SimpleNamespace(batch_at=lambda t: (batch, None)), SimpleNamespace(seed=0, ppo=c)
     tx = optim.make(RATE, 1000)
     trained = jax.tree.map(jnp.copy, {"policy": lm.params, "value": scored})  # steps donate what they are given
