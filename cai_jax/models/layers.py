@@ -35,12 +35,11 @@ def turned(params):
 
 
 class Linear(nn.Module):
-    """An einsum with a kernel that is cast to `dtype` where it is used, and beside it an adapter where `lora` targets this
-    matrix. `fan_in`: how many inputs meet in a sum."""
+    """Axes of x [B, T, inputs...] against the same axes of a kernel [inputs..., outputs...] -> [B, T, outputs...]; beside it
+    an adapter where `lora` targets this matrix. The kernel is cast to `dtype` where it is used."""
 
-    equation: str
     shape: tuple[int, ...]
-    fan_in: int
+    fan_in: int  # how many inputs meet in a sum
     dtype: jnp.dtype
     bias: int = 0  # axes of the kernel, the last ones, that a bias has; 0: no bias
     lora: Lora | None = None
@@ -52,7 +51,11 @@ class Linear(nn.Module):
             y = self.times_turned(x, self.get_variable("params", "turned"))
         else:
             kernel = self.param("kernel", nn.initializers.normal(self.fan_in**-0.5), self.shape, jnp.float32)
-            y = jnp.einsum(self.equation, x, kernel.astype(self.dtype), preferred_element_type=self.out)
+            # On one device rows are one axis: a gradient that sums over two is followed by a copy into another order there.
+            rows = x.shape[:2] if jax.sharding.get_abstract_mesh().size > 1 else (-1,)
+            flat, kernel = x.reshape(*rows, *x.shape[2:]), kernel.astype(self.dtype)
+            y = jnp.tensordot(flat, kernel, x.ndim - 2, preferred_element_type=self.out)
+            y = y.reshape(*x.shape[:2], *y.shape[len(rows) :])
         if self.lora and self.lora.rank and re.search(self.lora.targets, "/".join(self.path[-2:])):
             y = y + self.adapter(x)
         if not self.bias:

@@ -77,9 +77,9 @@ class Attention(nn.Module):
         c = self.cfg
         D, N, K, H = c.width, c.num_heads, c.num_kv_heads, c.head_dim
         bias = 2 * c.qkv_bias
-        q = Linear("btd,dnh->btnh", (D, N, H), D, self.dtype, bias, c.lora, name="q")(x_BTD)
-        k = Linear("btd,dkh->btkh", (D, K, H), D, self.dtype, bias, c.lora, name="k")(x_BTD)
-        v = Linear("btd,dkh->btkh", (D, K, H), D, self.dtype, bias, c.lora, name="v")(x_BTD)
+        q = Linear((D, N, H), D, self.dtype, bias, c.lora, name="q")(x_BTD)
+        k = Linear((D, K, H), D, self.dtype, bias, c.lora, name="k")(x_BTD)
+        v = Linear((D, K, H), D, self.dtype, bias, c.lora, name="v")(x_BTD)
         q, k = self.normed(q, "q_norm"), self.normed(k, "k_norm")
         q, k = rotate(q, turns), rotate(k, turns)
         q, k, v = (constrain(a, "batch", None, "model", None) for a in (q, k, v))
@@ -90,7 +90,7 @@ class Attention(nn.Module):
             own = {"k": k.swapaxes(1, 2), "v": v.swapaxes(1, 2)}
             own = write(layer, own, filled_B) if layer else own
             out = kernels.behind(c, q, prefix, own, mask_BTS, filled_B, rows.window)
-        return Linear("btnh,nhd->btd", (N, H, D), N * H, self.dtype, int(c.out_bias), c.lora, name="o")(out), own
+        return Linear((N, H, D), N * H, self.dtype, int(c.out_bias), c.lora, name="o")(out), own
 
     def normed(self, x_BTNH, name: str):
         if not self.cfg.qk_norm:
@@ -109,10 +109,10 @@ class MLP(nn.Module):
         c = self.cfg
         D, F, bias, act = c.width, c.mlp_width, int(c.mlp_bias), ACTIVATIONS[c.activation]
         if c.gated:
-            gate = Linear("btd,df->btf", (D, F), D, self.dtype, bias, c.lora, name="gate")(x_BTD)
-        up = Linear("btd,df->btf", (D, F), D, self.dtype, bias, c.lora, name="up")(x_BTD)
+            gate = Linear((D, F), D, self.dtype, bias, c.lora, name="gate")(x_BTD)
+        up = Linear((D, F), D, self.dtype, bias, c.lora, name="up")(x_BTD)
         inner = constrain(act(gate) * up if c.gated else act(up), "batch", None, "model")
-        return Linear("btf,fd->btd", (F, D), F, self.dtype, bias, c.lora, name="down")(inner)
+        return Linear((F, D), F, self.dtype, bias, c.lora, name="down")(inner)
 
 
 class Block(nn.Module):
@@ -187,7 +187,7 @@ class Transformer(nn.Module):
         self.final_norm = Norm(c.norm, c.norm_eps)
         if not c.tied_embeddings:
             shape = (c.width, c.vocab_size + c.vocab_padding)
-            self.unembed = Linear("btd,dv->btv", shape, c.width, self.dtype, out=jnp.float32)  # log-probs want more than bf16
+            self.unembed = Linear(shape, c.width, self.dtype, out=jnp.float32)  # log-probs want more than bf16
 
     def __call__(self, tokens_BT, positions_BT, ends_BT):
         """Hidden states [B, T, D] of whole texts after the final norm. `ends`: see attention.packed_mask."""
