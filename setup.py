@@ -28,9 +28,11 @@ setup(
         "rich>=14.0",  # progress and tables in the terminal
     ],
     extras_require={
+        "tpu": ["jax[tpu]>=0.10.2"],  # TPUs, and their compiler for machines without one
         "test": [
             "pytest>=9.0",
             "ruff>=0.15",
+            "jax[tpu]>=0.10.2; sys_platform == 'linux' and platform_machine == 'x86_64'",  # what `cai compile` compiles with
             "peft>=0.21",  # tests only: adapters loaded and compared
             "torch==2.13.0",  # tests only: logits compared with transformers; one version, so that the comparison stays put
         ],

@@ -95,7 +95,8 @@ def each_part(f, parts: Parts):
     def one(i, found):
         return jax.tree.map(lambda whole, x: jax.lax.dynamic_update_index_in_dim(whole, x, i, 1), found, f(parts.part(i)))
 
-    return jax.lax.fori_loop(0, parts.count, one, found)
+    with jax.named_scope("parts"):
+        return jax.lax.fori_loop(0, parts.count, one, found)
 
 
 def scaled_head(head, scale):

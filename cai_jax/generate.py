@@ -22,7 +22,7 @@ from cai_jax.prompts import TEMPLATES, read_back, stops
 from cai_jax.records import Journal
 from cai_jax.sampling import record_key_data
 from cai_jax.sharding import batch_ways, exact_div, put_batch
-from cai_jax.slots import PIECE, Reading, Rules, decode, grow, new, read, read_text, ready, room
+from cai_jax.slots import PIECE, Reading, Rules, decode, grow, needed, new, read, read_text, ready
 from cai_jax.stops import stop_table
 from cai_jax.trees import WORTH, common, shared
 from cai_jax.workdir import InputError, raise_if_stopping
@@ -192,10 +192,8 @@ class Pool:
         return n if n >= WORTH else 0
 
     def reserve(self, tokens: int, kept: int = 0) -> None:
-        """Room in every slot for so many tokens of its own and those to be sampled. All but those kept are read, and what is
-        read has padding behind it."""
-        padded = tokens - (tokens - kept) % PIECE + bucket((tokens - kept) % PIECE)
-        if (wanted := room(max(padded, tokens + self.sampling.max_tokens))) > self.room:
+        """Room in every slot for so many tokens of its own, but for those kept to be read, and those to be sampled."""
+        if (wanted := needed(tokens, kept, self.sampling.max_tokens)) > self.room:
             args = self.net, self.sampling.batch_size, wanted, self.sampling.max_tokens, self.sampling.cache
             self.long = self.long if self.slots else wanted > LONG  # by the first contexts, whatever a restart then grows
             self.slots, self.room = grow(self.slots, wanted) if self.slots else new(*args), wanted

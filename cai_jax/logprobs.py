@@ -73,6 +73,18 @@ def _on_mesh(local, net, matrix, temperature, counts_BT, *rows_BT):
     return jax.shard_map(partial(run, axes), check_vma=False, **specs)(matrix, temperature, counts_BT, *rows_BT)
 
 
+def slice_length(vocabulary: int) -> int:
+    """Tokens of a slice of a device's part of the vocabulary."""
+    slices = -(-vocabulary // SLICE)
+    return vocabulary if slices == 1 else -(-vocabulary // (slices * LANES)) * LANES
+
+
+def block_count(tokens: int, vocabulary: int, width: int, fine: bool) -> int:
+    """In how many blocks a device takes its tokens; `fine`: some of them do not count."""
+    blocks = -(-tokens * slice_length(vocabulary) // min(BLOCK, BLOCK_OF_WIDTH * width))
+    return max(blocks, min(FINE, tokens)) if fine else blocks
+
+
 class _Head:
     """A device's part of the matrix ([V, D] when tied, else [D, V]) in slices, and its tokens in the blocks that those need."""
 
@@ -82,17 +94,15 @@ class _Head:
         self.dims = "vd" if net.cfg.tied_embeddings else "dv"
         self.axis = self.dims.index("v")
         size = matrix.shape[self.axis]
-        slices = -(-size // SLICE)
-        self.length = size if slices == 1 else -(-size // (slices * LANES)) * LANES
-        fresh = np.arange(slices, dtype=np.int32) * self.length  # the first token that is new in a slice
+        self.length = slice_length(size)
+        fresh = np.arange(0, size, self.length, dtype=np.int32)  # the first token that is new in a slice
         starts = np.minimum(fresh, size - self.length)  # the last slice begins inside the one before
         self.places = starts, fresh - starts
         self.first = jax.lax.axis_index(self.model) * size if self.model else 0
         tokens = prod(batch)
-        self.blocks = self.used = -(-tokens * self.length // min(BLOCK, BLOCK_OF_WIDTH * net.cfg.width))
+        self.blocks = self.used = block_count(tokens, size, net.cfg.width, counts_BT is not None)
         self.order = self.counts_KN1 = None
         if counts_BT is not None:
-            self.blocks = max(self.blocks, min(FINE, tokens))
             self.order = jnp.argsort(~counts_BT.reshape(-1))
             self.used = -(-jnp.sum(counts_BT) // -(-tokens // self.blocks))
             self.counts_KN1 = self.fold(counts_BT)
@@ -108,6 +118,11 @@ class _Head:
         x = x_KN.reshape(-1, x_KN.shape[2])[: prod(self.batch)]
         x = x if self.order is None else jnp.zeros_like(x).at[self.order].set(x, unique_indices=True)
         return x.reshape(*self.batch, *shape)
+
+    def each_block(self, one, start):
+        """`one` of every block in which tokens count."""
+        with jax.named_scope("counted"):
+            return jax.lax.fori_loop(0, self.used, one, start)
 
     def counted(self, x_KN1):
         """0 where a token does not count."""
@@ -149,7 +164,7 @@ def _forward(head, x_KND, y_KN1):
             picked_N1 += jnp.sum(jnp.where(token_1V == y_N1, z_NV, 0.0), axis=1, keepdims=True)
             return jax.tree.map(lambda x, new: _put(x, new, k), sums_KN1, (new_N1, sum_N1, moment_N1, picked_N1))
 
-        return jax.lax.fori_loop(0, head.used, one_block, sums_KN1), None
+        return head.each_block(one_block, sums_KN1), None
 
     zeros = jnp.zeros(y_KN1.shape, jnp.float32)
     (top, *sums, picked), _ = jax.lax.scan(one_slice, (zeros + LOW, zeros, zeros, zeros), head.places)
@@ -190,7 +205,7 @@ def _backward(head, x_KND, y_KN1, entropy_KN1, lse_KN1, *d_results):
             return d_slice, _put(d_x_KND, d_x_KND[k] + d_x_ND, k)
 
         start = jnp.zeros(matrix.shape, jnp.float32), d_x_KND
-        d_slice, d_x_KND = jax.lax.fori_loop(0, head.used, one_block, start)
+        d_slice, d_x_KND = head.each_block(one_block, start)
         d_slice = jax.lax.psum(d_slice, head.data)
         if head.fsdp:
             d_slice = jax.lax.psum_scatter(d_slice, head.fsdp, scatter_dimension=1 - head.axis, tiled=True)

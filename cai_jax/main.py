@@ -1,14 +1,17 @@
 """The commands of `cai`: flags -> locked config -> mesh -> stages.
 
 cai run --config=configs/miniworld.py --workdir=runs/a [--config.ppo.kl_coef=0.05 ...]
+cai compile --config=configs/llama3_8b.py --topology=v5e:16x16 [--slices=2] [--json]
 cai export --workdir=runs/a --model=rl_cai --out=DIR [--dtype=float32] [--adapter] [--check]
 """
 
 import dataclasses
 import difflib
 import importlib
+import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -29,18 +32,21 @@ OUT = flags.DEFINE_string("out", None, "export: the folder to write")
 DTYPE = flags.DEFINE_string("dtype", "", "export: float32 or bfloat16; default: the base's")
 ADAPTER = flags.DEFINE_bool("adapter", False, "export: the adapter alone, as peft loads it")
 CHECK = flags.DEFINE_bool("check", False, "export: compare its logits with those of transformers")
+TOPOLOGY = flags.DEFINE_string("topology", None, "compile: a TPU slice, as v5e:16x16")
+SLICES = flags.DEFINE_integer("slices", 1, "compile: how many such slices, joined by a network")
+JSON = flags.DEFINE_bool("json", False, "compile: what was found also as JSON, on standard output")
 
 STAGE_MODULES = {name: f"cai_jax.stages.{name}" for name in configs.STAGES} | {"pretrain": "cai_jax.miniworld.pretrain"}
 STOPPED_EXIT = 143  # what a launcher restarts on
 
 
-def with_local_models(cfg: configs.Config) -> configs.Config:
-    """`cfg` with the folders that its models lie in, fetched from the hub if they are named so."""
+def with_local_models(cfg: configs.Config, fetch: Callable[[str, str], str] | None = None) -> configs.Config:
+    """`cfg` with the folders that its models lie in, fetched from the hub if they are named so. fetch: see hf.local."""
     from cai_jax.models import hf
 
     def local(part, flag: str):
         """A section whose key `path`, or that of a section inside it, names a model."""
-        changes = {"path": hf.local(part.path, flag)} if isinstance(part, configs.Checkpoint | configs.Model) else {}
+        changes = {"path": (fetch or hf.local)(part.path, flag)} if isinstance(part, configs.Checkpoint | configs.Model) else {}
         inside = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
         changes |= {k: local(v, f"{flag}.{k}") for k, v in inside.items() if isinstance(v, configs.Checkpoint)}
         return dataclasses.replace(part, **changes)
@@ -105,10 +111,30 @@ def export(workdir: Path, name: str, out: Path) -> None:
                 raise InputError(f"{out}: transformers computes other values with it")
 
 
+def compile_steps(cfg: configs.Config) -> bool:
+    """Compiles every step of `cfg` for a topology and shows what each takes. -> whether all fit."""
+    from cai_jax import ahead
+
+    began = time.monotonic()
+    rows = ahead.rehearse(with_local_models(cfg, ahead.local), TOPOLOGY.value, SLICES.value)
+    if JSON.value:
+        print(json.dumps(rows, indent=1))
+    table(f"{SLICES.value} x {TOPOLOGY.value}, of each device", ahead.HEADER, list(map(ahead.cells, rows)))
+    for row in rows:
+        if warning := ahead.warning(row):
+            say(warning)
+    say(f"compiled {len(rows)} steps in {time.monotonic() - began:.0f} s")
+    return all(row["fits"] for row in rows)
+
+
 def main(argv: list[str]) -> None:
-    needed = {"run": {"config": CONFIG, "workdir": WORKDIR}, "export": {"workdir": WORKDIR, "model": MODEL, "out": OUT}}
+    needed = {
+        "run": {"config": CONFIG, "workdir": WORKDIR},
+        "compile": {"config": CONFIG, "topology": TOPOLOGY},
+        "export": {"workdir": WORKDIR, "model": MODEL, "out": OUT},
+    }
     if len(argv) != 2 or argv[1] not in needed:
-        raise app.UsageError(f"wanted `cai run` or `cai export`, got arguments {argv[1:]}")
+        raise app.UsageError(f"wanted `cai run`, `cai compile` or `cai export`, got arguments {argv[1:]}")
     if missing := [f"--{name}" for name, flag in needed[argv[1]].items() if not flag.value]:
         raise app.UsageError(f"cai {argv[1]} needs {' and '.join(missing)}")
     logging.set_verbosity(logging.WARNING)  # orbax reports every file it writes
@@ -116,6 +142,8 @@ def main(argv: list[str]) -> None:
     try:
         if argv[1] == "run":
             run(checks.resolve(CONFIG.value), Path(WORKDIR.value))
+        elif argv[1] == "compile":
+            sys.exit(0 if compile_steps(checks.resolve(CONFIG.value)) else 1)
         else:
             export(Path(WORKDIR.value), MODEL.value, Path(OUT.value))
     except Stopped as e:

@@ -1,6 +1,7 @@
 """What a model makes of given texts: hidden states of packed rows, log-probs of whole options, scores of a reward model."""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,39 @@ def tree_logprobs(net: Transformer, params, prefix, offset, batch):
     return target_logprobs(net, params, x_BMD, batch["next"])[0]
 
 
+class Plan(NamedTuple):
+    """Options behind contexts, as trees in rows."""
+
+    before: list[int]  # what all contexts begin with
+    texts: int
+    rows: dict[str, np.ndarray]  # see tree_logprobs; a multiple of `batch_size`
+    asked: list[list[tuple[int, int, int]]]  # of every row: (place, token, number of its text)
+    batch_size: int
+    whole: int  # tokens of all texts, each by itself
+    read: int  # tokens that stand in the rows, and before
+
+
+def plan(encoded: list[tuple[list[int], list[list[int]]]], width: int, batch_size: int, ways: int) -> Plan:
+    """encoded: contexts with their options, see Tokenizer.options. Rows hold as many tokens at a time as `batch_size` of the
+    longest texts."""
+    before = common([ids for ids, _ in encoded])[: min(len(ids) for ids, _ in encoded) - 1]
+    texts = [ids[len(before) :] + option[:-1] for ids, opts in encoded for option in opts]  # nothing follows a last token
+    options = [option for _, opts in encoded for option in opts]
+    trees, placed, count, length = cheapest(texts, width)
+    asked = [[] for _ in range(count)]
+    for tree, (row, at) in zip(trees, placed, strict=True):
+        for n, path in tree.texts:
+            asked[row] += [(at + place, token, n) for place, token in zip(path[-len(options[n]) :], options[n], strict=True)]
+    batch_size = -(-min(max(1, batch_size * bucket(max(map(len, texts))) // length), count) // ways) * ways
+    rows = lay(trees, placed, -(-count // batch_size) * batch_size, length)
+    M = bucket(max(map(len, asked)))
+    rows |= {"at": np.zeros((len(rows["tokens"]), M), np.int32), "next": np.zeros((len(rows["tokens"]), M), np.int32)}
+    for row, wanted in enumerate(asked):
+        rows["at"][row, : len(wanted)], rows["next"][row, : len(wanted)] = [w[0] for w in wanted], [w[1] for w in wanted]
+    whole, read = sum(len(t) + len(before) for t in texts), sum(len(t.tokens) for t in trees) + len(before)
+    return Plan(before, len(texts), rows, asked, batch_size, whole, read)
+
+
 def option_logprobs(lm: LM, contexts: list[str], batch_size: int, mesh, name: str, options=OPTIONS) -> np.ndarray:
     """Log-prob of each whole option string after each context. -> float64 [N, C], in order.
 
@@ -67,35 +101,19 @@ def option_logprobs(lm: LM, contexts: list[str], batch_size: int, mesh, name: st
     longest = max(len(ids) + max(map(len, opts)) for ids, opts in encoded)
     if longest > lm.cfg.max_length:
         raise InputError(f"{name}: a comparison of {longest} tokens passes the model's context of {lm.cfg.max_length}")
-    before = common([ids for ids, _ in encoded])[: min(len(ids) for ids, _ in encoded) - 1]
-    texts = [ids[len(before) :] + option[:-1] for ids, opts in encoded for option in opts]  # nothing follows a last token
-    most = max(map(len, texts))
-    trees, placed, count, length = cheapest(texts, lm.cfg.width)
-    asked = [[] for _ in range(count)]  # of every row: (place, token, number of its text)
-    for tree, (row, at) in zip(trees, placed, strict=True):
-        for n, path in tree.texts:
-            option = encoded[n // len(options)][1][n % len(options)]
-            asked[row] += [(at + place, token, n) for place, token in zip(path[-len(option) :], option, strict=True)]
-    ways = batch_ways(mesh)
-    batch_size = -(-min(max(1, batch_size * bucket(most) // length), count) // ways) * ways
-    rows = lay(trees, placed, -(-count // batch_size) * batch_size, length)
-    M = bucket(max(map(len, asked)))
-    rows |= {"at": np.zeros((len(rows["tokens"]), M), np.int32), "next": np.zeros((len(rows["tokens"]), M), np.int32)}
-    for row, wanted in enumerate(asked):
-        rows["at"][row, : len(wanted)], rows["next"][row, : len(wanted)] = [w[0] for w in wanted], [w[1] for w in wanted]
-    out = np.zeros(len(texts))
+    p = plan(encoded, lm.cfg.width, batch_size, batch_ways(mesh))
+    out, count, cells = np.zeros(p.texts), len(p.asked), len(p.asked) * p.rows["tokens"].shape[1]
     net, params = lm.net(unrolled=True), ready(lm, decoding=False).params
-    prefix = read_text(net, params, before, mesh) if before else None
+    prefix = read_text(net, params, p.before, mesh) if p.before else None
     with Progress(name, count, 0, "row") as progress:
-        for i in range(0, count, batch_size):
+        for i in range(0, count, p.batch_size):
             raise_if_stopping()
-            batch = put_batch({k: x[i : i + batch_size] for k, x in rows.items()}, mesh)
-            logp = np.asarray(tree_logprobs(net, params, prefix, jnp.int32(len(before)), batch), np.float64)
-            for row, wanted in enumerate(asked[i : i + batch_size]):
+            batch = put_batch({k: x[i : i + p.batch_size] for k, x in p.rows.items()}, mesh)
+            logp = np.asarray(tree_logprobs(net, params, prefix, jnp.int32(len(p.before)), batch), np.float64)
+            for row, wanted in enumerate(p.asked[i : i + p.batch_size]):
                 np.add.at(out, [n for _, _, n in wanted], logp[row, : len(wanted)])
-            progress.update(min(count, i + batch_size))
-    whole, read = sum(len(t) + len(before) for t in texts), sum(len(t.tokens) for t in trees) + len(before)
-    say(f"{name}: {len(texts):,} options: {read:,} tokens read of {whole:,}, in rows {read / (count * length):.0%} full")
+            progress.update(min(count, i + p.batch_size))
+    say(f"{name}: {p.texts:,} options: {p.read:,} tokens read of {p.whole:,}, in rows {p.read / cells:.0%} full")
     return out.reshape(len(contexts), len(options))
 
 

@@ -6,7 +6,9 @@ The mesh is always ("data", "fsdp", "model"): the batch is split over the first 
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -47,8 +49,9 @@ def exact_div(a: int, b: int, what: str) -> int:
     return a // b
 
 
-def make_mesh(shape: tuple[int, int, int], devices=None) -> jax.sharding.Mesh:
-    """A mesh over all devices (or those given); one entry of `shape` may be -1. Raises InputError if it does not fit."""
+def make_mesh(shape: tuple[int, int, int], devices=None, where: str = "this machine") -> jax.sharding.Mesh:
+    """A mesh over all devices (or those given, of `where`); one entry of `shape` may be -1. Slices lie along data, so that
+    only gradients and metrics go from one to another. Raises InputError if it does not fit."""
     devices = jax.devices() if devices is None else devices
     sizes = list(shape)
     if len(sizes) != len(AXES) or any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
@@ -57,8 +60,14 @@ def make_mesh(shape: tuple[int, int, int], devices=None) -> jax.sharding.Mesh:
         rest = int(np.prod([s for s in sizes if s != -1]))
         sizes[sizes.index(-1)] = exact_div(len(devices), rest, f"--config.mesh={tuple(shape)} on {len(devices)} devices")
     if int(np.prod(sizes)) != len(devices):
-        raise InputError(f"--config.mesh={tuple(shape)} wants {int(np.prod(sizes))} devices, this machine has {len(devices)}")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+        raise InputError(f"--config.mesh={tuple(shape)} wants {int(np.prod(sizes))} devices, {where} has {len(devices)}")
+    if (slices := len({getattr(d, "slice_index", None) for d in devices})) > 1:
+        own = exact_div(sizes[0], slices, f"--config.mesh={tuple(shape)}: the data axis over {slices} slices")
+        shapes = (own, *sizes[1:]), (slices, 1, 1)
+        grid = mesh_utils.create_hybrid_device_mesh(*shapes, devices, allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def path_name(path) -> str:
@@ -99,18 +108,23 @@ def shard_init(init, mesh, *args):
     return jax.jit(init, out_shardings=out)(*args)
 
 
-def gather_split(tree):
-    """Parameters with their layers apart, whole along fsdp and split along model as before. Without a mesh in scope: `tree`."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return tree
+def apart_specs(tree, whole: bool):
+    """The specs of parameters with their layers apart; `whole`: along fsdp they are put together."""
 
     def one(path, x):
         name = path_name(path)
         alone = re.sub(r"layers_\d+/", "layers/", name)
         spec = spec_of(alone, (1, *x.shape))[1:] if alone != name else spec_of(name, x.shape)
-        return jax.lax.with_sharding_constraint(x, P(*(None if axis == "fsdp" else axis for axis in spec)))
+        return P(*(None if whole and axis == "fsdp" else axis for axis in spec))
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def gather_split(tree):
+    """Parameters with their layers apart, whole along fsdp and split along model as before. Without a mesh in scope: `tree`."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.tree.map(jax.lax.with_sharding_constraint, tree, apart_specs(tree, whole=True))
 
 
 def put(tree, mesh):
@@ -136,6 +150,32 @@ def by_part(f):
     if jax.sharding.get_abstract_mesh().empty:
         return f
     return jax.shard_map(f, in_specs=P(BATCH), out_specs=P(BATCH), axis_names=set(BATCH))
+
+
+def look_up(table_VD, index_BT):
+    """Rows of a table that is split both ways (see PARAM_RULES). -> [B, T, D], B split over the batch axes where that is even.
+
+    Every device finds its part of the width for the rows of all that share its weights, and they exchange what each is to
+    have: left to itself XLA sends the whole batch to everybody.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return table_VD[index_BT]
+    even = len(index_BT) % batch_ways(mesh) == 0
+
+    def part(table_vd, index_bT):
+        index = jax.lax.all_gather(index_bT, "fsdp") if even else index_bT
+        at = index - jax.lax.axis_index("model") * len(table_vd)
+        mine = (at >= 0) & (at < len(table_vd))
+        x = jnp.where(mine[..., None], table_vd[jnp.where(mine, at, 0)], 0)
+        if even:
+            x = jax.lax.all_to_all(x, "fsdp", 0, x.ndim - 1, tiled=True)[0]
+        else:
+            x = jax.lax.all_gather(x, "fsdp", axis=x.ndim - 1, tiled=True)
+        return jax.lax.psum(x, "model")
+
+    rows = P(BATCH) if even else P()
+    return jax.shard_map(part, in_specs=(P("model", "fsdp"), rows), out_specs=rows, check_vma=False)(table_VD, index_BT)
 
 
 def constrain(x, *axes):

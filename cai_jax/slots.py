@@ -78,6 +78,13 @@ def room(tokens: int) -> int:
     return bucket(tokens) if tokens <= BUCKETS[-1] or machine() == "tpu" else -(-tokens // ROOM) * ROOM
 
 
+def needed(tokens: int, kept: int, max_new: int) -> int:
+    """How long a slot for so many tokens and those to be sampled must be. All but those kept are read, and what is read has
+    padding behind it."""
+    rest = (tokens - kept) % PIECE
+    return room(max(tokens - rest + bucket(rest), tokens + max_new))
+
+
 @partial(jax.jit, static_argnames=("net", "rows", "slots", "max_new", "cache"))
 def new(net: Transformer, rows: int, slots: int, max_new: int, cache: str = "auto") -> Slots:
     """B = `rows` slots that hold nothing, for S = `slots` tokens each, of which R = `max_new` may be sampled. `cache`: how they
@@ -162,9 +169,14 @@ def read_prefix(net: Transformer, params, tokens_BT, layers, filled, slots: int 
     return net.apply({"params": params}, tokens_BT, Cache(layers, filled_B, jnp.zeros_like(filled_B)), method="extend")[1]
 
 
+def prefix_room(tokens: int) -> int:
+    """Slots of a text that rows share."""
+    return tokens - tokens % PIECE + (bucket(tokens % PIECE) if tokens % PIECE else 0)
+
+
 def read_text(net: Transformer, params, ids: list[int], mesh, cache: str = "auto"):
     """The keys and values of a text that rows share, as `Cache.prefix` has them."""
-    layers, slots = None, len(ids) // PIECE * PIECE + (bucket(len(ids) % PIECE) if len(ids) % PIECE else 0)
+    layers, slots = None, prefix_room(len(ids))
     for at in range(0, len(ids), PIECE):
         piece = ids[at : at + PIECE]
         tokens = np.zeros((batch_ways(mesh), bucket(len(piece))), np.int32)
@@ -213,7 +225,8 @@ def _decode(net, params, prefix, slots: Slots, rules: Rules, until, top_p, top_k
             steps=s.steps + 1,
         )
 
-    return jax.lax.while_loop(lambda s: jnp.sum(s.done_B) < until, one, slots)
+    with jax.named_scope("decoding"):
+        return jax.lax.while_loop(lambda s: jnp.sum(s.done_B) < until, one, slots)
 
 
 @partial(jax.jit, static_argnames=("net", "max_new", "gather", "cache"))

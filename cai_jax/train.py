@@ -98,7 +98,8 @@ def make_train_step(loss_fn: Callable, tx: optax.GradientTransformation, mesh, m
 
         zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, params, frozen, parts.part(0), key))
         start = (zeros[0], {k: v for k, v in zeros[1].items() if k != "weight"}, zeros[1]["weight"])
-        grads, metrics, weight = jax.lax.fori_loop(0, parts.count, one, start)
+        with jax.named_scope("parts"):
+            grads, metrics, weight = jax.lax.fori_loop(0, parts.count, one, start)
         grads, metrics = jax.tree.map(lambda x: x / jnp.maximum(weight, 1.0), (grads, metrics))
         return grads, metrics | {"weight": weight}
 

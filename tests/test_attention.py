@@ -147,7 +147,7 @@ def test_unknown_texts_are_refused():
 def test_the_key_is_checked_and_reaches_every_network():
     cfg = default()
     cfg.model.attention = "splash"
-    assert stages._arch(resolve(cfg), "base").attention == "splash"
+    assert stages.architecture(resolve(cfg), "base").attention == "splash"
     cfg.model.attention = "flash"
     with pytest.raises(ConfigError, match="--config.model.attention='flash': wanted one of auto, xla, cudnn, splash"):
         resolve(cfg)

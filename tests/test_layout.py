@@ -24,7 +24,7 @@ TIERS = (
     {"train"},  # 3
     {"experience"},
     {"stages", "miniworld", "evaluation"},  # 4: evaluation stands between what stages share and the stages
-    {"export"},  # 5
+    {"export", "ahead"},  # 5
     {"main"},
     {"__main__"},
 )
@@ -33,6 +33,7 @@ TIER = {room: tier for tier, rooms in enumerate(TIERS) for room in rooms}
 # What may be imported inside a room, or across rooms of one tier: importer -> imported, both by prefix.
 SIBLINGS = (
     ("models.", "models."),
+    ("ahead.", "ahead."),
     ("miniworld.", "miniworld."),
     ("stages.", "evaluation"),
     ("stages.", "stages"),  # what stages share stands in stages/__init__.py

@@ -10,10 +10,16 @@ import sys
 import time
 from collections import Counter
 
+import jax
 import kills
 import pytest
 
+from cai_jax.ahead.steps import steps
+from cai_jax.checks import resolve
+from cai_jax.config import default
+
 ROOT = kills.ROOT
+LOOKING = {"_serving", "new", "grow", "first_row", "minibatch", "_checksums", "init", "init_fn"}  # programs without a step
 
 
 def cai(*arguments, command="run", devices=1, flags="", timeout=600):
@@ -71,6 +77,15 @@ def test_what_a_whole_run_compiles_is_counted_and_little(finished):
     assert programs["step"] == 3 and programs["generate"] == programs["experience"] == 1
     assert programs["decode"] <= 5 and programs["read"] <= 10
     assert f"compiled {programs.total()} programs in" in shown
+
+
+def test_what_a_run_compiles_is_what_is_compiled_ahead_of_it(finished, mesh1):
+    """But for programs that only make, move or look at arrays."""
+    _, shown = finished
+    with jax.set_mesh(mesh1):
+        ahead = {step.lower.func.__self__.__name__ for step in steps(resolve(default()), mesh1)}
+    assert set(re.findall(r"compiling (\w+) \(program", shown)) - ahead <= LOOKING
+    assert {"read", "decode", "step", "tree_logprobs", "pair_scores", "generate", "experience"} <= ahead
 
 
 def test_lesson_17_counts_add_up(finished):

@@ -2,9 +2,9 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
+from cai_jax.models.kernels import machine
 from cai_jax.models.transformer import Transformer, TransformerConfig
 from cai_jax.tokenizer import Tokenizer
 
@@ -21,4 +21,4 @@ class LM(NamedTuple):
 
 def compute_dtype(name: str):
     """'auto' is float32 on CPU and bfloat16 on accelerators."""
-    return jnp.dtype({"auto": "float32" if jax.default_backend() == "cpu" else "bfloat16"}.get(name, name))
+    return jnp.dtype({"auto": "float32" if machine() == "cpu" else "bfloat16"}.get(name, name))

@@ -27,8 +27,10 @@ class Rows(NamedTuple):
 
 
 def machine() -> str:
-    """What kernels can run on: "cpu", "tpu", "gpu", or "cudnn" for a GPU with flash attention (Nvidia's from Ampere on)."""
-    name = jax.default_backend()
+    """What kernels can run on: "cpu", "tpu", "gpu", or "cudnn" for a GPU with flash attention (Nvidia's from Ampere on). It is
+    that of the mesh in scope, which may be compiled for elsewhere."""
+    aimed = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    name = aimed.platform if aimed else jax.default_backend()
     capability = str(getattr(jax.devices()[0], "compute_capability", "")) if name == "gpu" else ""  # AMD's is a name
     return "cudnn" if re.fullmatch(r"\d+\.\d+", capability) and float(capability) >= 8 else name
 

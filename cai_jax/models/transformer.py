@@ -17,7 +17,7 @@ from cai_jax.models import kernels
 from cai_jax.models.attention import Rope, packed_mask, rope_turns, rotate, soft_cap
 from cai_jax.models.cache import Cache, write
 from cai_jax.models.layers import Linear, Norm
-from cai_jax.sharding import constrain, path_name
+from cai_jax.sharding import constrain, look_up, path_name
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -154,7 +154,7 @@ class Embed(nn.Module):
         self.embedding = self.param("embedding", nn.initializers.normal(0.02), shape, jnp.float32)
 
     def __call__(self, tokens_BT):
-        x_BTD = self.embedding.astype(self.dtype)[tokens_BT]
+        x_BTD = look_up(self.embedding, tokens_BT).astype(self.dtype)
         return x_BTD if self.cfg.embed_scale == 1 else x_BTD * jnp.asarray(self.cfg.embed_scale, self.dtype)
 
     def attend(self, x_BTD):

@@ -231,14 +231,15 @@ def _lm(cfg: Config, name: str, params) -> LM:
 
 
 def _fitting(cfg: Config, name: str, tok) -> TransformerConfig:
-    arch = _arch(cfg, name)
+    arch = architecture(cfg, name)
     if tok.rows > arch.vocab_size:
         path = checkpoint(cfg, name).path
         raise InputError(f"{path}: the tokenizer has {tok.rows} tokens, the model only {arch.vocab_size} (--config.model.path)")
     return arch
 
 
-def _arch(cfg: Config, name: str) -> TransformerConfig:
+def architecture(cfg: Config, name: str) -> TransformerConfig:
+    """The decoder of a model of the run, by the config.json of its checkpoint; its adapters are not in it."""
     arch = hf.padded(hf.read_config(checkpoint(cfg, name).path), cfg.model.vocab_multiple)
     return replace(arch, attention=cfg.model.attention)
 
@@ -271,7 +272,7 @@ def _params(cfg: Config, workdir: Path, mesh, name: str, dtype, have=()):
     stage = STAGE_OF[name]
     if stage is None:
         return _start(cfg, workdir, mesh, name, dtype)
-    arch, key, adapter = _arch(cfg, name), jax.random.key(0), adapts(cfg, stage)
+    arch, key, adapter = architecture(cfg, name), jax.random.key(0), adapts(cfg, stage)
     if adapter:
         shapes = jax.eval_shape(lambda: lora.init(lora.attach(arch, cfg.lora), key))
     else:

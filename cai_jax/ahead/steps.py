@@ -1,0 +1,273 @@
+"""Every jitted step of a configuration's stages, ready to be compiled: its function, the shapes of what it is given, and what
+its products take by formula. Steps are built by what a run builds them with, on texts as long as the configuration allows.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cai_jax import constitution as constitutions
+from cai_jax import generate as engine
+from cai_jax import optim, prompts, records, score
+from cai_jax.ahead import shapes
+from cai_jax.ahead.shapes import TOK, array, batch, conversation, longest_prompt, shaped, text
+from cai_jax.ahead.work import Work
+from cai_jax.config import Config, Sampling
+from cai_jax.data import bucket, pack
+from cai_jax.experience import experience, kind, layout, minibatch, packed, ppo_loss
+from cai_jax.logprobs import block_count
+from cai_jax.models import lora
+from cai_jax.models.transformer import Transformer
+from cai_jax.pairs import batches, encode_comparisons
+from cai_jax.sampling import record_keys
+from cai_jax.sharding import BATCH, P, batch_ways
+from cai_jax.slots import PIECE, Reading, Rules, Sampled, decode, generate, needed, read, read_prefix
+from cai_jax.stages import OF_INIT, adapts, checkpoint, origin, trunk
+from cai_jax.stages.dpo import preference_loss, response_logprobs
+from cai_jax.stages.reward import pair_scores, reward_loss
+from cai_jax.train import Parts, TrainState, abstract, language_model_loss, make_train_step
+
+STOPS, ENDS = 98, 2  # states of the automaton of plain transcripts' stop strings; ids that end a text
+
+
+class Step(NamedTuple):
+    stage: str
+    name: str
+    sizes: str  # for people
+    lower: Callable[[], Any]  # -> jax.stages.Lowered
+    work: Work  # of all devices together
+    loops: dict[str, float]  # how often loops run that the data decide about, by name
+
+
+def steps(cfg: Config, mesh) -> list[Step]:
+    """Of every stage of `cfg`, in order. In the scope of the mesh."""
+    return [step for stage in cfg.stages if stage in OF_STAGE for step in OF_STAGE[stage](cfg, mesh)]
+
+
+def sampling(cfg: Config, mesh, stage: str, name: str, s: Sampling, context: str, before: str = "") -> list[Step]:
+    """Reading and decoding in slots that hold `context` behind the prefix it begins with."""
+    m, ways = shapes.model(cfg, mesh, name), batch_ways(mesh)
+    net = Transformer(m.net.cfg, m.net.dtype, unrolled=True)
+    params, work = shapes.served(net, m.params, mesh, s.gather), Work(net)
+    shared = len(TOK.prompt(before)) if before else 0
+    prefix, room = shapes.prefix(net, mesh, shared, s.cache)
+    own = len(TOK.prompt(context)) - shared
+    B, S = s.batch_size, needed(own, 0, s.max_tokens)
+    slots = shapes.slots(net, mesh, B, S, s.max_tokens, s.cache)
+    M, T = ways * max(1, B // ways // engine.REFILL), PIECE if own >= PIECE else bucket(own)
+    ints = {name: array(mesh, jnp.int32, M, spec=P(BATCH)) for name in ("lengths_M", "filled_M", "offset_M", "limit_M")}
+    reading = Reading(
+        rows_Wm=array(mesh, jnp.int32, ways, M // ways, spec=P(BATCH)),
+        tokens_MT=array(mesh, jnp.int32, M, T, spec=P(BATCH)),
+        addresses_M2=array(mesh, jnp.uint32, M, 2, spec=P(BATCH)),
+        temperature_M=array(mesh, jnp.float32, M, spec=P(BATCH)),
+        **ints,
+    )
+    V, number, options = net.cfg.vocab_size, array(mesh, jnp.int32), {"top_p": s.top_p, "top_k": s.top_k, "min_p": s.min_p}
+    rules = Rules(array(mesh, jnp.int32, ENDS), array(mesh, jnp.int8, STOPS, V))
+    kept = net.dtype if s.cache == "auto" else s.cache
+    out = []
+    if before:
+        piece = array(mesh, jnp.int32, ways, min(room, PIECE), spec=P(BATCH))
+        layers = shapes.slots(net, mesh, ways, room, 1, s.cache).layers
+        lower = partial(read_prefix.lower, net, params, piece, layers, number, room, s.cache)
+        sizes = f"{shared:,} tokens, {piece.shape[1]} at a time"
+        out.append(Step(stage, "read prefix", sizes, lower, work.cached(ways, piece.shape[1], room), {}))
+    lower = partial(read.lower, net, params, prefix, slots, shapes.key(mesh), reading, False)
+    out.append(Step(stage, "read", f"{M:,} x {T} tokens into slots of {S:,}", lower, work.cached(M, T, S + room), {}))
+    lower = partial(decode.lower, net, params, prefix, slots, rules, number, **options)
+    sizes = f"a token in {B:,} slots of {S:,}, {jnp.dtype(kept).name}"
+    return [*out, Step(stage, "decode", sizes, lower, work.cached(B, 1, S + room).head(B), {"decoding": 1})]
+
+
+def critique(cfg: Config, mesh) -> list[Step]:
+    c, constitution = (
+        cfg.critique,
+        constitutions.load(cfg.constitution.path, cfg.constitution.exclude, templates=prompts.TEMPLATES),
+    )
+    context, before = prompts.dialogue(conversation(cfg)), ""
+    if c.rounds:
+        p = max(constitution.principles, key=lambda p: len(p.critique) + len(p.revision))
+        said, thought = (text(c.sampling.max_tokens, 1, n) for n in (0, 1))
+        if c.few_shot:
+            blocks = constitutions.load_few_shot(c.few_shot).critiques
+            before = prompts.few_shot_critique(blocks, prompts.TEMPLATES, c.direct)
+        if c.direct:
+            context = prompts.revision(before + context + prompts.completion(said), None, p.revision)
+        else:
+            context = prompts.revision(before + prompts.critique(conversation(cfg), said, p.critique), thought, p.revision)
+    return sampling(cfg, mesh, "critique", "base", c.sampling, context, before)
+
+
+def train(cfg: Config, mesh, stage: str, m: shapes.Model, loss, parts: int, arrays, sizes: str, work: Work, loops=()) -> Step:
+    """An update of a stage's weights."""
+    tx = optim.make(getattr(cfg, stage).optimizer, 100)
+    state = jax.eval_shape(lambda p: TrainState(jnp.zeros((), jnp.int32), p, tx.init(p)), m.trained)
+    step = make_train_step(loss, tx, mesh, parts)
+    lower = partial(step.lower, abstract(state, mesh), m.frozen, batch(arrays, mesh), shapes.key(mesh))
+    return Step(stage, "train", sizes + f", in {parts} parts" * (parts > 1), lower, work, dict(loops))
+
+
+def counted(net: Transformer, mesh, rows: int, of_row: int, share: float = 1.0) -> tuple[int, int]:
+    """-> (blocks in which a device finds a share of its tokens that counts, such tokens of all devices, blocks filled up)."""
+    ways, c = batch_ways(mesh), net.cfg
+    parted = ways if rows % ways == 0 else 1
+    own = rows * of_row // parted
+    made = block_count(own, (c.vocab_size + c.vocab_padding) // mesh.shape["model"], c.width, fine=True)
+    used = -(-int(np.ceil(own * share)) // -(-own // made))
+    return used, used * -(-own // made) * parted
+
+
+def sft(cfg: Config, mesh) -> list[Step]:
+    c, m = cfg.sft, shapes.model(cfg, mesh, "sl_cai")
+    rows = pack([([1] * c.length, 0)] * c.rows, c.length, records.Drops())
+    blocks, places = counted(m.net, mesh, c.rows // c.microbatches, c.length)
+    work = Work(m.net).training(c.rows, c.length, "packed").head(places * c.microbatches, trained=True)
+    loss, sizes = language_model_loss(m.net), f"{c.rows:,} rows of {c.length:,} tokens"
+    return [train(cfg, mesh, "sft", m, loss, c.microbatches, rows, sizes, work, {"counted": blocks})]
+
+
+def preferences(cfg: Config, mesh) -> list[Step]:
+    c, judge = cfg.preferences, shapes.model(cfg, mesh, "judge")
+    out = sampling(cfg, mesh, "preferences", OF_INIT[c.policy], c.sampling, prompts.dialogue(conversation(cfg)))
+    constitution = constitutions.load(cfg.constitution.path, cfg.constitution.exclude, templates=prompts.TEMPLATES)
+    drawn, before = sorted(constitution.principles, key=lambda p: -len(p.comparison))[: c.principles], ""
+    if c.few_shot:
+        blocks = constitutions.load_few_shot(c.few_shot).comparisons
+        before = prompts.few_shot_comparison(blocks, [drawn[0]] * len(blocks))
+    ask, contexts = prompts.reasoning if c.chain_of_thought else prompts.comparison, []
+    for n in range(-(-c.score_batch // len(drawn))):
+        a, b = (text(c.sampling.max_tokens, n, side) for side in (1, 2))
+        contexts += [before + ask(conversation(cfg, n), p.comparison, *x) for p in drawn for x in ((a, b), (b, a))]
+    if c.chain_of_thought:
+        out += sampling(cfg, mesh, "preferences", "judge", c.thought, contexts[0])
+        contexts = [prompts.verdict(x, text(c.thought.max_tokens, n, 3)) for n, x in enumerate(contexts)]
+    net = Transformer(judge.net.cfg, judge.net.dtype, unrolled=True)
+    plan = score.plan([TOK.options(x, prompts.OPTIONS) for x in contexts], net.cfg.width, c.score_batch, batch_ways(mesh))
+    params, (prefix, room) = (
+        shapes.served(net, judge.params, mesh, c.thought.gather),
+        shapes.prefix(net, mesh, len(plan.before)),
+    )
+    rows = batch({k: x[: plan.batch_size] for k, x in plan.rows.items()}, mesh)
+    B, T = rows["tokens"].shape
+    lower = partial(score.tree_logprobs.lower, net, params, prefix, array(mesh, jnp.int32), rows)
+    sizes = f"{B:,} rows of {T:,} tokens" + f" behind {room:,}" * bool(room)
+    work = Work(net).texts(B, T, "trees", room).head(rows["at"].size)
+    return [*out, Step("preferences", "score options", sizes, lower, work, {})]
+
+
+def pairs(cfg: Config, mesh, m: shapes.Model, stage: str) -> tuple[dict[str, np.ndarray], str]:
+    """A batch of the longest comparisons, in as many rows as they can take. -> (arrays, their sizes)."""
+    c = getattr(cfg, stage)
+    prompt = len(TOK.prompt(prompts.dialogue(conversation(cfg))))
+    longest = min(cfg.data.max_pair or prompt + cfg.preferences.sampling.max_tokens, m.net.cfg.max_length)
+    rows = [
+        {"messages": conversation(cfg, n), "p_a": 0.5, "source": "ai"}
+        | {f"response_{side}": text(longest - prompt - 2, n, *side.encode()) for side in "ab"}
+        for n in range(c.batch_size)
+    ]
+    found = encode_comparisons(TOK, prompts.TEMPLATES, rows, longest, records.Drops())
+    if stage == "dpo":
+        found.columns.update(dict.fromkeys(("reference_a", "reference_b"), np.zeros(c.batch_size, np.float32)))
+    arrays = batches(found, c.batch_size, 1, 0, stage, batch_ways(mesh) * c.microbatches)[0](0)
+    return arrays, f"{c.batch_size:,} comparisons in {{:,}} rows of {{:,}} tokens".format(*arrays["tokens"].shape)
+
+
+def reward(cfg: Config, mesh) -> list[Step]:
+    m = shapes.model(cfg, mesh, "reward")
+    (arrays, sizes), work = pairs(cfg, mesh, m, "reward"), Work(m.net)
+    shape = *arrays["tokens"].shape, "trees"
+    lower = partial(jax.jit(partial(pair_scores, m.net)).lower, lora.join(m.frozen, m.trained), batch(arrays, mesh))
+    loss = reward_loss(m.net)
+    return [
+        train(cfg, mesh, "reward", m, loss, cfg.reward.microbatches, arrays, sizes, work.training(*shape)),
+        Step("reward", "score", sizes, lower, work.texts(*shape), {}),
+    ]
+
+
+def dpo(cfg: Config, mesh) -> list[Step]:
+    c, m, before = cfg.dpo, shapes.model(cfg, mesh, "dpo_cai"), shapes.model(cfg, mesh, "sl_cai")
+    arrays, sizes = pairs(cfg, mesh, m, "dpo")
+    (R, A), shape = arrays["at"].shape, (*arrays["tokens"].shape, "trees")
+    net = Transformer(before.net.cfg, before.net.dtype)
+    given = batch({k: x for k, x in arrays.items() if not k.startswith("reference")}, mesh)
+    lower = partial(jax.jit(partial(response_logprobs, net)).lower, before.params, given)
+    (once, all_places), (blocks, places) = counted(net, mesh, R, A), counted(net, mesh, R // c.microbatches, A)
+    work = Work(m.net).training(*shape).head(places * c.microbatches, trained=True)
+    return [
+        Step("dpo", "reference", sizes, lower, Work(net).texts(*shape).head(all_places), {"counted": once}),
+        train(cfg, mesh, "dpo", m, preference_loss(m.net, c.beta), c.microbatches, arrays, sizes, work, {"counted": blocks}),
+    ]
+
+
+def ppo(cfg: Config, mesh) -> list[Step]:
+    c, m, judge = cfg.ppo, shapes.model(cfg, mesh, "rl_cai"), shapes.model(cfg, mesh, "reward")
+    start = shapes.model(cfg, mesh, origin(cfg, "rl_cai") or "base", None if adapts(cfg, "ppo") else False)
+    separate, own = c.value_network == "separate", checkpoint(cfg, "reward") != checkpoint(cfg, "rl_cai")
+    head = abstract({"head": shapes.head(m.net.cfg.width)}, mesh)
+    value, held = ({"trunk": trunk(x)} if separate else {} for x in (m.trained, m.frozen))
+    m = m._replace(trained={"policy": m.trained, "value": head | value}, frozen={"policy": m.frozen, "value": held})
+    params, net, work = lora.join(m.frozen, m.trained), m.net, Work(m.net)
+    B, R, n = c.batch_size, c.sampling.max_tokens, longest_prompt(cfg)
+    width, ways = bucket(n), batch_ways(mesh)
+
+    tokens, lengths = array(mesh, jnp.int32, B, width, spec=P(BATCH)), array(mesh, jnp.int32, B, spec=P(BATCH))
+    keys = shaped(jax.eval_shape(lambda: record_keys(jax.random.key(0), jnp.zeros((B, 2), jnp.uint32))), mesh, P(BATCH))
+    number, options = array(mesh, jnp.float32), {"max_new": R, "gather": c.sampling.gather, "cache": c.sampling.cache}
+    roll = partial(
+        generate.lower, net, params["policy"], tokens, lengths, keys, array(mesh, jnp.int32, ENDS), number, **options
+    )
+    rolled = work.cached(B, width, width + R).plus(work.cached(B, 1, width + R).head(B), R)
+
+    rows, long = [np.ones(n + R, np.int32)] * B, np.full(B, n, np.int32)
+    to = layout(B // c.minibatches, width + R, ways)
+    texts, at = packed(rows, long, range(B), to, R)
+    few, _ = packed(rows, long, range(B // c.minibatches), to, R)
+    said = {"tokens": np.zeros((B, bucket(n + 2 * R)), np.int32), "lengths": long}
+    read_again = batch(said, mesh) if own else None
+    wrote = Sampled(
+        array(mesh, jnp.int32, B, R), array(mesh, jnp.int32, B), array(mesh, bool, B), array(mesh, jnp.float32, B, R)
+    )
+    nets = net, Transformer(start.net.cfg, net.dtype), Transformer(judge.net.cfg, net.dtype)
+    given = (params, start.params, judge.params), {"mean": 0.0, "std": 1.0}, number, array(mesh, jnp.float32, B, spec=P(BATCH))
+    score_all = partial(experience.lower, nets, c, *given, wrote, batch(texts, mesh), batch(at, mesh), read_again)
+
+    rollout = dict.fromkeys(("old_logp", "old_values", "advantages", "returns"), np.zeros((B, R), np.float32))
+    few = Parts(jax.eval_shape(minibatch, rollout, few).arrays, few.count)
+    shape = to.rows, to.length, kind()
+    blocks, places = counted(net, mesh, to.rows, to.length, R / (n + R))
+    N, N_few = (x.arrays["tokens"].shape[1] for x in (texts, few))
+    forward = work.texts(*shape).head(places)
+    scored = forward.plus(forward).plus(work.texts(*shape), separate + (not own))
+    apart = Work(nets[2]).texts(*said["tokens"].shape, "alone") if own else work
+    learn = work.training(*shape).head(places, trained=True).plus(work.training(*shape), int(separate))
+    sizes = f"of {to.rows:,} rows of {to.length:,} tokens"
+    loops = {"counted": blocks}
+    return [
+        Step("ppo", "roll out", f"{B:,} prompts of {width}, {R} tokens each", roll, rolled, {"decoding": R}),
+        Step("ppo", "score", f"{N} parts {sizes}", score_all, work.plus(scored, N).plus(apart), loops | {"parts": N}),
+        train(
+            cfg,
+            mesh,
+            "ppo",
+            m,
+            ppo_loss(net, c),
+            1,
+            few,
+            f"{N_few} parts {sizes}",
+            work.plus(learn, N_few),
+            loops | {"parts": N_few},
+        ),
+    ]
+
+
+def evaluate(cfg: Config, mesh) -> list[Step]:
+    return sampling(cfg, mesh, "evaluate", "base", cfg.evaluate.sampling, prompts.dialogue(conversation(cfg)))
+
+
+OF_STAGE = {"critique": critique, "sft": sft, "preferences": preferences, "reward": reward, "dpo": dpo, "ppo": ppo}
+OF_STAGE |= {"evaluate": evaluate}
