@@ -86,6 +86,26 @@ def test_a_loop_counts_as_often_as_it_runs():
     assert found.bytes == 3 * (taking + dot + reduce + kept + counter)
 
 
+def test_every_operand_of_a_fusion_is_told_from_the_others():
+    """Of eleven vectors the first is read, of the second a slice, and the eleventh, which the second must not be taken for."""
+    given = [f"p.{i}: f32[100]" for i in range(11)]
+    lines = [f"  %p.{i} = f32[100]{{0}} parameter({i})" for i in (10, *range(10))]
+    text = f"""%fused ({", ".join(given)}) -> f32[10] {{
+{chr(10).join(lines)}
+  %s = f32[10]{{0}} slice(%p.1), slice={{[0:10]}}
+  %a = f32[100]{{0}} add(%p.0, %p.10)
+  %t = f32[10]{{0}} slice(%a), slice={{[0:10]}}
+  ROOT %r = f32[10]{{0}} add(%s, %t)
+}}
+
+ENTRY %main ({", ".join(given)}) -> f32[10] {{
+{chr(10).join(lines)}
+  ROOT %f = f32[10]{{0}} fusion({", ".join(f"%p.{i}" for i in range(11))}), kind=kLoop, calls=%fused
+}}
+"""
+    assert cost.cost(text, 1).bytes == 4 * (100 + 10 + 100 + 10)
+
+
 def test_groups_that_cross_slices_are_told_apart():
     """[2,4]<=[4,2]T(1,0) is {0,2,4,6} and {1,3,5,7}: in two slices of four devices each group is in both."""
     assert cost.cost(LOOP, 8, slices=2).calls == {("all-reduce", True): 3}

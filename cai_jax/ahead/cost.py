@@ -130,13 +130,12 @@ class _Program:
             return _far(op.shapes[:2])
         return _far(op.shapes) + sum(_far(here[x].shapes) for x in op.operands)
 
-    def taken(self, name: str, number: int, shape: Shape) -> float:
-        """Bytes that a fused computation reads of its operand `number`."""
+    def taken(self, name: str, place: int, shape: Shape) -> float:
+        """Bytes that a fused computation reads of its operand at `place`."""
         if not shape.far:
             return 0.0
-        inside = self.computations[name]
-        own = next((op for op in self.ops(name) if op.kind == "parameter" and op.rest.startswith(f"value={number}")), None)
-        return min(shape.bytes(), self.used(own, inside)) if own else 0.0
+        own = next(op for op in self.ops(name) if op.kind == "parameter" and number(op) == place)
+        return min(shape.bytes(), self.used(own, self.computations[name]))
 
     def used(self, op: Op, inside: dict[str, Op]) -> float:
         """Bytes that are read of a value, which is whole unless all its users take slices of it."""
