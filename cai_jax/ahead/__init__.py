@@ -58,7 +58,7 @@ def compiled(step, chip: chips.Chip, devices: int, slices: int) -> dict[str, Any
         "products": found.flops / chip.flops,
         "memory": found.bytes / chip.memory,
         "links": sent[False] / (2 * chip.link),
-        "network": sent[True] * chip.host / chip.network,
+        "network": sent[True] / chip.network,
     }
     total = max(seconds["products"], seconds["memory"]) + seconds["links"] + seconds["network"]
     return row | {

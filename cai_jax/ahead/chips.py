@@ -9,15 +9,13 @@ GIB = 1024**3
 
 
 class Chip(NamedTuple):
-    """What one device of JAX has: a chip, or half of one on tpu7x. Rates a second; cloud.google.com/tpu/docs, of each chip."""
+    """What one device of JAX has: a chip, or half of one on tpu7x. Rates a second."""
 
     hbm: float  # bytes
     flops: float  # bfloat16
     memory: float  # bytes read or written
     link: float  # bytes one way over one link to a neighbour
-    links: int
-    host: int  # devices of a machine
-    network: float = 25e9  # bytes one way from a machine to those of other slices
+    network: float  # bytes one way to other slices: its share of its machine's
 
 
 ALONE = {
@@ -26,12 +24,13 @@ ALONE = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+# cloud.google.com/tpu/docs, the page of each. The network of v4 and tpu7x is taken for that of v5p.
 CHIPS = {
-    "v4": Chip(32 * GIB, 275e12, 1228e9, 50e9, 6, 4),
-    "v5e": Chip(16 * GIB, 197e12, 819e9, 50e9, 4, 4),
-    "v5p": Chip(95 * GIB, 459e12, 2765e9, 100e9, 6, 4),
-    "v6e": Chip(32 * GIB, 918e12, 1640e9, 112e9, 4, 4),
-    "tpu7x": Chip(96 * GIB, 1153e12, 3690e9, 100e9, 6, 8),
+    "v4": Chip(32 * GIB, 275e12, 1228e9, 50e9, 6.25e9),
+    "v5e": Chip(16 * GIB, 197e12, 819e9, 50e9, 3.125e9),
+    "v5p": Chip(95 * GIB, 459e12, 2765e9, 100e9, 6.25e9),
+    "v6e": Chip(32 * GIB, 918e12, 1600e9, 100e9, 12.5e9),
+    "tpu7x": Chip(96 * GIB, 1153e12, 3690e9, 100e9, 6.25e9),
 }
 
 
