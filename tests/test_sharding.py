@@ -16,7 +16,7 @@ from cai_jax import optim, sharding
 from cai_jax.config import Lora, Optimizer
 from cai_jax.models.heads import init_head
 from cai_jax.models.transformer import init_params
-from cai_jax.sharding import constrain, exact_div, make_mesh, path_name, put, put_batch, shard_init, shardings, spec_of
+from cai_jax.sharding import constrain, exact_div, look_up, make_mesh, path_name, put, put_batch, shard_init, shardings, spec_of
 from cai_jax.workdir import InputError
 
 WANTED = {  # of the reward model's parameters on any mesh
@@ -200,3 +200,24 @@ def test_constrain_lays_out_activations_on_a_mesh(mesh8):
     with jax.set_mesh(mesh8):
         y = jax.jit(lambda x: constrain(x, "batch", None, "model"))(jnp.ones((8, 3, 4)))
     assert y.sharding.is_equivalent_to(NamedSharding(mesh8, P(("data", "fsdp"), None, "model")), 3)
+
+
+@pytest.mark.parametrize("rows", [8, 3])
+def test_rows_of_a_split_table_are_found_where_they_lie(rows, mesh8):
+    """Values and gradients are those of plain indexing, and no device is sent the whole batch: rows that split evenly are
+    exchanged, others are on every device anyway."""
+    table = jax.random.normal(jax.random.key(0), (32, 8))
+    index = jax.random.randint(jax.random.key(1), (rows, 5), 0, 32)
+    weight = jax.random.normal(jax.random.key(2), (rows, 5, 8))
+    given = lambda table: jnp.sum(look_up(table, index) * weight)  # noqa: E731
+    wanted = jax.grad(given)(table)
+    with jax.set_mesh(mesh8):
+        split = jax.device_put(table, NamedSharding(mesh8, P("model", "fsdp")))
+        found = jax.jit(lambda table: look_up(table, index))
+        np.testing.assert_array_equal(found(split), table[index])
+        gradient = jax.jit(jax.grad(given))(split)
+        text = found.lower(split).compile().as_text()
+    np.testing.assert_allclose(gradient, wanted, atol=1e-6)
+    assert gradient.sharding.spec == P("model", "fsdp")
+    if rows == 8:
+        assert "all-to-all" in text and f"f32[{rows},5,8]" not in text
