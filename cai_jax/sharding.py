@@ -51,7 +51,7 @@ def exact_div(a: int, b: int, what: str) -> int:
 
 def make_mesh(shape: tuple[int, int, int], devices=None, where: str = "this machine") -> jax.sharding.Mesh:
     """A mesh over all devices (or those given, of `where`); one entry of `shape` may be -1. Slices lie along data, so that
-    only gradients and metrics go from one to another. Raises InputError if it does not fit."""
+    no weights go from one to another. Raises InputError if it does not fit."""
     devices = jax.devices() if devices is None else devices
     sizes = list(shape)
     if len(sizes) != len(AXES) or any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:

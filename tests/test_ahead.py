@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.experimental import topologies
 from test_run import cai
 
 from cai_jax import ahead
@@ -239,6 +240,7 @@ def test_the_command_shows_every_step_and_gives_json():
         (["--topology=v5e:3x7"], "the TPU compiler knows no such slice"),
         (["--topology=v9:2x2"], "wanted one of v4, v5e"),
         (["--topology=v5e:2x4", "--slices=0"], "--slices=0"),
+        (["--topology=v5e:2x4", "--config.stages=('report',)"], "none of them is compiled ahead"),
         (["--topology=v5e:2x4", "--config.mesh=(3,1,1)"], "--config.mesh=(3, 1, 1) wants 3 devices, v5e:2x4 has 8"),
         (["--topology=v5e:2x2", "--slices=2", "--config.mesh=(1,8,1)"], "the data axis over 2 slices"),
         (["--topology=v5e:2x4", "--config.mesh=(1,1,8)"], "'model'"),
@@ -261,6 +263,32 @@ def test_a_step_that_does_not_fit_is_said_with_what_to_change():
         row = ahead.compiled(step, chips.CHIPS["v5e"], 4, 1)
     assert not row["fits"] and row["memory"]["needs"] > 16 * 2**30
     assert "sft, train (much) does not fit" in ahead.warning(row) and "--config.model.remat=full" in ahead.warning(row)
+    assert len(ahead.cells(row)) == len(ahead.HEADER)
+
+
+def test_what_to_install_is_said_where_there_is_no_compiler(monkeypatch):
+    """jax 0.10 says it so; where libtpu is missing, it is jax that is asked."""
+
+    def missing(*_, **__):
+        raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.")
+
+    if find_spec("libtpu"):
+        monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    with pytest.raises(InputError, match=r"wants the TPU compiler.*'\.\[tpu\]'"):
+        chips.devices("v5e:2x4")
+
+
+def test_a_step_that_the_compiler_refuses_is_a_row_like_the_others():
+    """It must not cost a user what was found of the others."""
+
+    def refuse():
+        raise RuntimeError("INTERNAL: no routing table\n for %all-reduce.27")
+
+    step = SimpleNamespace(stage="reward", name="train", sizes="128 rows", lower=lambda: SimpleNamespace(compile=refuse))
+    row = ahead.compiled(step, chips.CHIPS["v5e"], 4, 1)
+    assert not row["fits"] and json.dumps(row)
+    told = ahead.warning(row)
+    assert "reward, train (128 rows)" in told and "no routing table for %all-reduce.27" in told and "--config.mesh" in told
     assert len(ahead.cells(row)) == len(ahead.HEADER)
 
 

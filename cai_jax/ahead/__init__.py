@@ -30,19 +30,18 @@ LARGER = {  # what to change, by what a step holds most of: its arguments or wha
 
 
 def compiled(step, chip: chips.Chip, devices: int, slices: int) -> dict[str, Any]:
-    """What the compiler makes of a step, all of it of one device. "memory" in bytes; "needs" alone where it does not fit."""
+    """What the compiler makes of a step, all of it of one device. "memory" in bytes, of
+    which there is "needs" alone where that is too much; "error" instead, where the compiler refuses the step otherwise."""
     began = time.monotonic()
     row = {"stage": step.stage, "step": step.name, "sizes": step.sizes, "hbm": chip.hbm}
     lowered = step.lower()
     try:
         program = lowered.compile()
     except Exception as error:  # of the compiler, which names no class of its own
-        needs = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([KMG])", str(error))
-        if not needs:
-            raise
-        unit = {"K": 2**10, "M": 2**20, "G": 2**30}
-        used = float(needs[1]) * unit[needs[2]]
-        return row | {"fits": False, "memory": {"needs": used}, "compile_seconds": time.monotonic() - began}
+        row |= {"fits": False, "compile_seconds": time.monotonic() - began}
+        if needs := re.search(r"(?:Used |HLO temporaries \()([\d.]+)([KMG])", str(error)):
+            return row | {"memory": {"needs": float(needs[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[needs[2]]}}
+        return row | {"error": " ".join(str(error).split())}
     m = program.memory_analysis()
     memory = {
         "arguments": m.argument_size_in_bytes,
@@ -78,6 +77,9 @@ def compiled(step, chip: chips.Chip, devices: int, slices: int) -> dict[str, Any
 
 def warning(row: dict[str, Any]) -> str:
     """What is wrong with a step and what to change; "": nothing is."""
+    if "error" in row:
+        where = f"{row['stage']}, {row['step']} ({row['sizes']})"
+        return f"{where} is refused. Change: the mesh (--config.mesh) or the topology. The compiler: {row['error']:.400}"
     needs, hbm = row["memory"]["needs"], row["hbm"]
     if needs <= (1 - SPARE) * hbm:
         return ""
@@ -99,6 +101,9 @@ HEADER = ["stage", "step", "GiB", "of HBM", "Tflop", "of formula", "GB moved", "
 
 def cells(row: dict[str, Any]) -> list[str]:
     """A row of the table."""
+    seconds = f"{row['compile_seconds']:.0f} s"
+    if "error" in row:
+        return [row["stage"], row["step"], *["-"] * 8, seconds]
     needs = row["memory"]["needs"]
     out = [row["stage"], row["step"], f"{needs / chips.GIB:.2f}", f"{needs / row['hbm']:.0%}"]
     if "flops" in row:
@@ -107,7 +112,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         out += [f"{sent / 1e9:.3g}", f"{t['step'] * 1e3:.3g}", f"{(t['links'] + t['network']) / t['step']:.0%}"]
     else:
         out += ["-"] * 6
-    return [*out, f"{row['compile_seconds']:.0f} s"]
+    return [*out, seconds]
 
 
 def local(path: str, flag: str) -> str:
@@ -136,7 +141,7 @@ def rehearse(cfg: Config, topology: str, slices: int = 1) -> list[dict[str, Any]
     import jax
 
     from cai_jax import checks
-    from cai_jax.ahead.steps import steps
+    from cai_jax.ahead.steps import OF_STAGE, steps
     from cai_jax.sharding import make_mesh
 
     jax.config.update("jax_platforms", "cpu")  # the machine's own TPU, if it has one, is left alone
@@ -145,7 +150,8 @@ def rehearse(cfg: Config, topology: str, slices: int = 1) -> list[dict[str, Any]
     checks.check_batches(cfg, mesh.shape["data"] * mesh.shape["fsdp"])
     chip, rows = chips.CHIPS[topology.partition(":")[0]], []
     with jax.set_mesh(mesh):
-        todo = steps(cfg, mesh)
+        if not (todo := steps(cfg, mesh)):
+            raise InputError(f"--config.stages={cfg.stages}: none of them is compiled ahead; wanted {', '.join(OF_STAGE)}")
         for i, step in enumerate(todo, 1):
             say(f"compiling {step.stage}, {step.name} ({i} of {len(todo)}): {step.sizes}")
             rows.append(compiled(step, chip, len(devices), slices))

@@ -51,8 +51,8 @@ def devices(topology: str, slices: int = 1) -> list:
         return topologies.get_topology_desc(f"{name}:{shape}", "tpu", **options).devices
     except Exception as error:  # the plugin's and the compiler's errors are of several kinds
         why = " ".join(str(error).split())
-        if "libtpu" in why and ("not found" in why or "No module" in why or "Unable" in why):
-            raise InputError("--topology wants the TPU compiler, which needs no TPU: pip install 'cai_jax[tpu]'") from error
+        if "not installed" in why:
+            raise InputError("--topology wants the TPU compiler, which needs no TPU: pip install -e '.[tpu]'") from error
         raise InputError(
             f"--topology={topology} --slices={slices}: the TPU compiler knows no such slice: {why:.300}"
         ) from error

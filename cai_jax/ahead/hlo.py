@@ -63,9 +63,8 @@ def _shapes(text: str) -> list[Shape]:
 def parse(text: str) -> tuple[dict[str, dict[str, Op]], str]:
     """-> (computation -> its operations by name, the last one its result; the name of the first to run)."""
     computations, entry, current = {}, "", None
-    for line in re.sub(
-        r"=\{\n.*\n\}\}", "={}}", text
-    ).splitlines():  # what kernels say of themselves stands on lines of its own
+    text = re.sub(r"=\{\n.*\n\}\}", "={}}", text)  # what kernels say of themselves stands on lines of its own
+    for line in text.splitlines():
         if header := HEADER.match(line):
             current = computations.setdefault(header[2], {})
             entry = header[2] if header[1] else entry
@@ -94,17 +93,14 @@ def number(op: Op) -> int:
 
 def through(op: Op, inside: dict[str, Op]) -> Op:
     """What a value was before it was only moved or converted."""
-    while op.kind in ("copy", "bitcast", "convert"):
+    while op.kind in ("copy", "bitcast", "convert", "copy-done", "copy-start"):
         op = inside[op.operands[0]]
     return op
 
 
 def origin(op: Op, place: int, here: dict[str, Op]) -> Op:
     """What stands at a place of a tuple, before it was only moved."""
-    op = here[op.operands[place]] if op.kind == "tuple" else op
-    while op.kind in ("copy", "bitcast", "copy-done", "copy-start"):
-        op = here[op.operands[0]]
-    return op
+    return through(here[op.operands[place]] if op.kind == "tuple" else op, here)
 
 
 def convolution(op: Op, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> float:
