@@ -29,7 +29,9 @@ setup(
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2"],  # TPUs, and their compiler for machines without one
+        "gcs": ["gcsfs>=2026.9.0"],  # a run's folder in a bucket of Google's
         "test": [
+            "gcsfs>=2026.9.0",
             "pytest>=9.0",
             "ruff>=0.15",
             "jax[tpu]>=0.10.2; sys_platform == 'linux' and platform_machine == 'x86_64'",  # what `cai compile` compiles with

@@ -6,30 +6,53 @@ an abstract tree with the *target* shardings, so it moves between meshes.
 
 import hashlib
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 
+from cai_jax import hosts
+from cai_jax.errors import InputError
 from cai_jax.sharding import path_name
-from cai_jax.workdir import InputError
+from cai_jax.workdir import in_bucket
 
 
 def steps(folder: Path) -> list[int]:
     """Committed steps in a folder, ascending."""
-    return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
+    return hosts.once(_steps, folder)
+
+
+def _steps(folder: Path) -> list[int]:
+    return sorted(int(p.name) for p in _folders(folder) if _committed(p))
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [p for p in folder.glob("*") if p.is_dir()] if folder.exists() else []
+
+
+def _committed(path: Path) -> bool:
+    """Of a checkpoint: by its name, which is its last change, or in a bucket by a file that is written last."""
+    return path.name.isdigit() and (not in_bucket(path) or (path / "commit_success.txt").exists())
+
+
+def _absolute(path: Path) -> Path:
+    return path if in_bucket(path) else path.resolve()
+
+
+def _remove(folder: Path, unwanted: Callable[[Path], bool]) -> None:
+    for path in filter(unwanted, _folders(folder)):
+        path.rmtree() if in_bucket(path) else shutil.rmtree(path)
 
 
 class Saver:
     """Saves in the background, one at a time, and keeps the newest checkpoint only. `close` waits for the last one."""
 
     def __init__(self, folder: Path):
-        self.folder = folder.resolve()
+        self.folder = _absolute(folder)
         self.pending = None
-        for leftover in self.folder.glob("*") if self.folder.is_dir() else ():
-            if leftover.is_dir() and not leftover.name.isdigit():  # a write that a kill cut short
-                shutil.rmtree(leftover)
+        hosts.once(_remove, self.folder, lambda path: not _committed(path))  # writes that a kill cut short
 
     def save(self, step: int, state) -> None:
         """`state` may be donated or changed as soon as this returns."""
@@ -42,8 +65,8 @@ class Saver:
         if self.pending is not None:
             self.pending.result()
             self.pending = None
-        for old in steps(self.folder)[:-1]:
-            shutil.rmtree(self.folder / str(old))
+        found = steps(self.folder)
+        hosts.once(_remove, self.folder, lambda path: _committed(path) and int(path.name) < found[-1])
 
     close = wait
 
@@ -56,7 +79,7 @@ def restore(folder: Path, abstract, step: int | None = None):
     found = steps(folder)
     if not found or (step is not None and step not in found):
         raise InputError(f"no checkpoint {'' if step is None else step} in {folder}; there are {found}")
-    return _load(folder.resolve() / str(found[-1] if step is None else step), abstract)
+    return _load(_absolute(folder) / str(found[-1] if step is None else step), abstract)
 
 
 def _load(path: Path, abstract):
@@ -74,12 +97,12 @@ def _load(path: Path, abstract):
 
 def save_model(folder: Path, params) -> None:
     """The parameters a stage ends with, alone, for the stages that read them."""
-    ocp.save(folder.resolve() / "model", params, overwrite=True)
+    ocp.save(_absolute(folder) / "model", params, overwrite=True)
 
 
 def load_model(folder: Path, abstract):
     """What `save_model` wrote, onto `abstract`. Raises InputError when it is missing or of another model."""
-    path = folder.resolve() / "model"
+    path = _absolute(folder) / "model"
     if not path.is_dir():
         raise InputError(f"no model at {path}; has the stage {folder.name!r} finished?")
     return _load(path, abstract)

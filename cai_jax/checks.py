@@ -14,6 +14,7 @@ CHOICES = {
     "model.trained_dtype": ("float32", "bfloat16"),
     "model.attention": ("auto", "xla", "cudnn", "splash"),
     "model.remat": ("none", "full", "dots"),
+    "model.sequence": ("whole", "split"),
     "model.layers": ("scanned", "unrolled"),
     **{f"{s}.cache": ("auto", "bfloat16", "int8") for s in SAMPLINGS},
     "sft.revisions": ("last", "all"),

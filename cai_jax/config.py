@@ -32,6 +32,7 @@ class Model:
     vocab_multiple: int = 1  # rows of the embedding are padded to a multiple of it, so that a mesh divides them
     attention: str = "auto"  # auto: the machine's kernels | cudnn: GPU | splash: TPU | xla, which does what those cannot
     remat: str = "none"  # none | full: recompute each layer in the backward pass, a third more time | dots: keep products
+    sequence: str = "whole"  # split: between layers, tokens lie along the mesh's model axis, so that longer texts fit
     layers: str = "scanned"  # scanned: one layer is compiled, for any depth | unrolled: all are, to be faster on some machines
 
 

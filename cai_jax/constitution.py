@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cai_jax.workdir import InputError
+from cai_jax.errors import InputError
 
 ID = re.compile(r"[a-z0-9_.-]+")
 

@@ -6,9 +6,9 @@ import numpy as np
 
 from cai_jax import prompts, records, sources
 from cai_jax.config import Data
+from cai_jax.errors import InputError
 from cai_jax.prompts import ASSISTANT, USER
 from cai_jax.trees import first_fit
-from cai_jax.workdir import InputError
 
 BUCKETS = (32, 48, 64, 96, 128, 192, 256)  # then multiples of 256: how few lengths are compiled
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from cai_jax import prompts, records
 from cai_jax.config import Config
 from cai_jax.data import load_prompts
+from cai_jax.errors import InputError
 from cai_jax.generate import Request, sample_texts
 from cai_jax.models import LM
 from cai_jax.stages import load_constitution
-from cai_jax.workdir import InputError
 
 WATCHED = ("harm_rate", "helpfulness", "over_refusal", "evasive")  # logged while PPO runs
 WATCH_PROMPTS = 128

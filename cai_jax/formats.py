@@ -9,9 +9,9 @@ import dataclasses
 import re
 from typing import NamedTuple
 
+from cai_jax.errors import InputError
 from cai_jax.prompts import ASSISTANT, TEMPLATES, USER
 from cai_jax.tokenizer import MARKS, Tokenizer, mark
-from cai_jax.workdir import InputError
 
 FLAG = "--config.model.format=chat"
 WORDS = ("qzero", "qone", "qtwo", "qthree", "qfour")  # stand for the messages; no template holds them

@@ -16,6 +16,7 @@ import numpy as np
 
 from cai_jax.config import Sampling
 from cai_jax.data import bucket
+from cai_jax.errors import InputError
 from cai_jax.models import LM
 from cai_jax.progress import Progress, say
 from cai_jax.prompts import TEMPLATES, read_back, stops
@@ -25,7 +26,7 @@ from cai_jax.sharding import batch_ways, exact_div, put_batch
 from cai_jax.slots import PIECE, Reading, Rules, decode, grow, needed, new, read, read_text, ready
 from cai_jax.stops import stop_table
 from cai_jax.trees import WORTH, common, shared
-from cai_jax.workdir import InputError, raise_if_stopping
+from cai_jax.workdir import raise_if_stopping
 
 IN_A_ROW = 8  # texts at most that share a slot for their contexts: more would leave slots idle at the end
 LONG = 256  # tokens of a slot: in longer ones, texts of which it holds nothing are read without the rest, for more programs

@@ -1,6 +1,7 @@
 """The commands of `cai`: flags -> locked config -> mesh -> stages.
 
 cai run --config=configs/miniworld.py --workdir=runs/a [--config.ppo.kl_coef=0.05 ...]
+        [--coordinator=HOST:PORT --processes=N --process=I]
 cai compile --config=configs/llama3_8b.py --topology=v5e:16x16 [--slices=2] [--json]
 cai export --workdir=runs/a --model=rl_cai --out=DIR [--dtype=float32] [--adapter] [--check]
 """
@@ -9,24 +10,41 @@ import dataclasses
 import difflib
 import importlib
 import json
+import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from cai_jax import checks, progress
+from cai_jax import checks, hosts, maintenance, progress
 from cai_jax import config as configs
+from cai_jax.errors import InputError, Stopped
 from cai_jax.metrics import NotFinite
-from cai_jax.progress import say, table
-from cai_jax.workdir import InputError, Stopped, open_run, read_json, record_run, stop_on_sigterm
+from cai_jax.progress import cry, say, table
+from cai_jax.workdir import (
+    begin_run,
+    folder_of,
+    hand_over,
+    open_run,
+    read_json,
+    record_run,
+    stop_before_maintenance,
+    stop_on_sigterm,
+    versions,
+)
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "file with get_config(); --config.key=value overrides", lock_config=True
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run; the same command resumes it")
+COORDINATOR = flags.DEFINE_string("coordinator", "", "run: HOST:PORT of the first of several processes")
+PROCESSES = flags.DEFINE_integer("processes", 0, "run: how many there are; 0: as SLURM or a TPU says, otherwise one")
+PROCESS = flags.DEFINE_integer("process", -1, "run: the number of this one, from 0")
+PATIENCE = flags.DEFINE_integer("patience", hosts.patience, "run: seconds after which a process that hangs ends; 0: never")
 MODEL = flags.DEFINE_string("model", None, "export: base, sl_cai, dpo_cai, rl_cai or reward")
 OUT = flags.DEFINE_string("out", None, "export: the folder to write")
 DTYPE = flags.DEFINE_string("dtype", "", "export: float32 or bfloat16; default: the base's")
@@ -37,7 +55,8 @@ SLICES = flags.DEFINE_integer("slices", 1, "compile: how many such slices, joine
 JSON = flags.DEFINE_bool("json", False, "compile: what was found also as JSON, on standard output")
 
 STAGE_MODULES = {name: f"cai_jax.stages.{name}" for name in configs.STAGES} | {"pretrain": "cai_jax.miniworld.pretrain"}
-STOPPED_EXIT = 143  # what a launcher restarts on
+# Exit codes: a restart would change nothing; asked to stop, after which the same command goes on, as it does after any other.
+INPUT_EXIT, STOPPED_EXIT = 2, 143
 
 
 def with_local_models(cfg: configs.Config, fetch: Callable[[str, str], str] | None = None) -> configs.Config:
@@ -54,28 +73,40 @@ def with_local_models(cfg: configs.Config, fetch: Callable[[str, str], str] | No
     return dataclasses.replace(cfg, **{k: local(getattr(cfg, k), k) for k in ("model", "sft", "preferences", "reward")})
 
 
-def run(cfg: configs.Config, workdir: Path) -> None:
-    """Every stage of `cfg.stages`, in order, under its mesh."""
-    import jax
-
+def prepared(cfg: configs.Config) -> configs.Config:
+    """`cfg` with its models here, and its models and data looked at. Raises InputError for what its stages could not read."""
     from cai_jax import stages
-    from cai_jax.sharding import make_mesh
 
-    open_run(workdir)
-    if not (workdir / "config.json").exists():
-        record_run(workdir, configs.as_dict(cfg))
-    progress.watch_compiles()
-    mesh = make_mesh(cfg.mesh)
-    checks.check_batches(cfg, mesh.shape["data"] * mesh.shape["fsdp"])
-    say(
-        f"run {workdir}: {', '.join(cfg.stages)}; "
-        f"{jax.device_count()} {jax.default_backend()} device(s), mesh {dict(mesh.shape)}"
-    )
-    rows = []
     here = with_local_models(cfg)
     if cfg.stages != ("pretrain",):
         stages.check_models(here)
         stages.check_data(here)
+    return here
+
+
+def run(cfg: configs.Config, workdir: Path) -> None:
+    """Every stage of `cfg.stages`, in order, under its mesh."""
+    import jax
+
+    from cai_jax.sharding import make_mesh
+
+    hosts.patience = PATIENCE.value
+    hosts.join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    hand_over()
+    if jax.default_backend() == "tpu" or maintenance.HOST in os.environ:
+        stop_before_maintenance()
+    who = hosts.check({"config": configs.as_dict(cfg)} | versions())
+    open_run(workdir)
+    hosts.once(begin_run, workdir, configs.as_dict(cfg))
+    progress.watch_compiles()
+    mesh = make_mesh(cfg.mesh)
+    checks.check_batches(cfg, mesh.shape["data"] * mesh.shape["fsdp"])
+    say(
+        f"run {workdir}: {', '.join(cfg.stages)}; {who}, "
+        f"{jax.device_count()} {jax.default_backend()} device(s), mesh {dict(mesh.shape)}"
+    )
+    rows = []
+    here = hosts.together(prepared, cfg)
     with jax.set_mesh(mesh):
         for name in cfg.stages:
             began = time.monotonic()
@@ -139,19 +170,27 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"cai {argv[1]} needs {' and '.join(missing)}")
     logging.set_verbosity(logging.WARNING)  # orbax reports every file it writes
     stop_on_sigterm()
+    code = 0
     try:
         if argv[1] == "run":
-            run(checks.resolve(CONFIG.value), Path(WORKDIR.value))
+            run(checks.resolve(CONFIG.value), folder_of(WORKDIR.value))
         elif argv[1] == "compile":
-            sys.exit(0 if compile_steps(checks.resolve(CONFIG.value)) else 1)
+            code = 0 if compile_steps(checks.resolve(CONFIG.value)) else 1
         else:
-            export(Path(WORKDIR.value), MODEL.value, Path(OUT.value))
+            export(folder_of(WORKDIR.value), MODEL.value, Path(OUT.value))
     except Stopped as e:
         say(str(e))
-        sys.exit(STOPPED_EXIT)
+        code = STOPPED_EXIT
     except (InputError, checks.ConfigError, NotFinite) as e:
-        say(f"error: {e}")
-        sys.exit(2)
+        cry(f"error: {e}")
+        code = INPUT_EXIT
+    except Exception as e:
+        if hosts.count() == 1:
+            raise
+        traceback.print_exc()
+        cry(f"error: {e}\nif this is about messages between processes, another one ended; the same command on all goes on")
+        code = hosts.LOST_EXIT
+    hosts.leave(code)
 
 
 def parse(argv: list[str]) -> list[str]:

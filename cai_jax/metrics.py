@@ -10,8 +10,11 @@ from pathlib import Path
 
 import jax
 
+from cai_jax import hosts
 from cai_jax.records import dumps, read
-from cai_jax.workdir import write_text
+from cai_jax.workdir import in_bucket, write_text
+
+SECONDS = 30  # between two versions of a file in a bucket
 
 
 class NotFinite(RuntimeError):
@@ -24,28 +27,52 @@ class Metrics:
     def __init__(self, folder: Path, start: int):
         self.path = folder / "metrics.jsonl"
         self.clock = folder / "timing.jsonl"
+        self.whole = {self.path: [], self.clock: []}  # all lines of files in a bucket, which do not grow
+        hosts.once(self._keep, start)
+        self.last = self.saved = time.monotonic()
+
+    def _keep(self, start: int) -> None:
         kept = []
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
-            kept = [line for line in lines if json.loads(line)["step"] < start]
-        write_text(self.path, "".join(line + "\n" for line in kept))
-        self.last = time.monotonic()
+            kept = [line + "\n" for line in lines if json.loads(line)["step"] < start]
+        if kept or not in_bucket(self.path):
+            write_text(self.path, "".join(kept))
+        if in_bucket(self.path):
+            self.whole[self.path] = kept
+            self.whole[self.clock] = self.clock.read_text(encoding="utf-8").splitlines(True) if self.clock.exists() else []
 
     def add(self, step: int, values: dict, sizes: dict | None = None) -> dict:
         """Logs device scalars as Python floats. Raises NotFinite, after logging, if any is not finite."""
         values = {k: float(v) for k, v in jax.device_get(values).items()}
         now = time.monotonic()
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(dumps({"step": step, **{k: v if math.isfinite(v) else repr(v) for k, v in values.items()}}))
-        with open(self.clock, "a", encoding="utf-8") as f:
-            f.write(dumps({"step": step, "seconds": round(now - self.last, 4), **(sizes or {})}))
+        written = {k: v if math.isfinite(v) else repr(v) for k, v in values.items()}
+        self._write(self.path, {"step": step, **written})
+        self._write(self.clock, {"step": step, "seconds": round(now - self.last, 4), **(sizes or {})})
         self.last = now
         if bad := [k for k, v in values.items() if not math.isfinite(v)]:
+            self.save()
             raise NotFinite(
                 f"{', '.join(bad)} is {values[bad[0]]} at step {step} of {self.path.parent}: stopped before it was saved; the "
                 "last good checkpoint is kept. A lower learning_rate or clip_norm, or another seed, are the usual changes"
             )
         return values
+
+    def save(self) -> None:
+        """What a checkpoint relies on is in the files when this returns."""
+        if in_bucket(self.path):
+            for path, lines in self.whole.items():
+                write_text(path, "".join(lines))
+            self.saved = time.monotonic()
+
+    def _write(self, path: Path, line: dict) -> None:
+        if in_bucket(path):
+            self.whole[path].append(dumps(line))
+            if time.monotonic() - self.saved > SECONDS:
+                self.save()
+        elif hosts.first():
+            with open(path, "a", encoding="utf-8") as f:
+                f.write(dumps(line))
 
 
 def load(folder: Path) -> list[dict]:

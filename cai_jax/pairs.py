@@ -8,8 +8,8 @@ import numpy as np
 
 from cai_jax import prompts, records
 from cai_jax.data import bucket, passes, said
+from cai_jax.errors import InputError
 from cai_jax.trees import Tree, first_fit, lay
-from cai_jax.workdir import InputError
 
 
 class Pairs(NamedTuple):

@@ -10,6 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from cai_jax import hosts
+
 QUIET_SECONDS = 10  # between two lines of one piece of work, without a terminal
 ANNOUNCED = 0.05  # seconds of lowering from which a program is worth a line
 
@@ -28,7 +30,7 @@ class Progress:
         self.bars = None
 
     def __enter__(self):
-        if sys.stderr.isatty() and self.total:
+        if sys.stderr.isatty() and self.total and hosts.first():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self.bars = Bars(*columns, TextColumn("{task.fields[note]}", markup=False), console=console, transient=True)
             self.bars.start()
@@ -43,7 +45,7 @@ class Progress:
             self.bars.update(self.task, completed=done, note=note)
         elif done == self.total or now - self.shown >= QUIET_SECONDS:
             left = (self.total - done) / rate if rate else float("nan")
-            console.print(f"{self.name}: {done}/{self.total}  {left:.0f} s left  {note}")
+            say(f"{self.name}: {done}/{self.total}  {left:.0f} s left  {note}")
             self.shown = now
 
     def __exit__(self, *_):
@@ -52,8 +54,14 @@ class Progress:
 
 
 def say(text: str) -> None:
-    """One line to the person at the terminal."""
-    console.print(text)
+    """One line to the person at the terminal; of several processes the first speaks."""
+    if hosts.first():
+        console.print(text)
+
+
+def cry(text: str) -> None:
+    """A line from whichever process has something to say."""
+    console.print(f"{hosts.name()}: {text}" if hosts.count() > 1 else text)
 
 
 def table(title: str, header: list[str], rows: list[list[str]]) -> None:
@@ -63,7 +71,8 @@ def table(title: str, header: list[str], rows: list[list[str]]) -> None:
         t.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         t.add_row(*row)
-    console.print(t)
+    if hosts.first():
+        console.print(t)
 
 
 def watch_compiles() -> None:

@@ -3,15 +3,20 @@
 import codecs
 import json
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from cai_jax.workdir import InputError, write_text
+from cai_jax import hosts
+from cai_jax.errors import InputError
+from cai_jax.workdir import in_bucket, write_text
+
+READERS = 32  # files of a bucket that are read at once
 
 
 def read(path, required: tuple[str, ...] = ()) -> list[dict]:
     """All records of a file. Raises InputError naming file and line for anything that is not a whole record."""
-    path = Path(path)
-    if not path.is_file():
+    path = Path(path) if isinstance(path, str) else path
+    if not path.exists() or path.is_dir():
         raise InputError(f"missing file: {path}; paths are relative to where the command is run")
     out = []
     for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
@@ -36,7 +41,7 @@ def dumps(record: dict) -> str:
 
 def write(path: Path, items) -> None:
     """Records into a file, all or nothing."""
-    write_text(Path(path), "".join(dumps(r) for r in items))
+    write_text(path, "".join(dumps(r) for r in items))
 
 
 class Journal:
@@ -45,26 +50,44 @@ class Journal:
 
     def __init__(self, path: Path):
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        whole = b""
-        if path.exists():
-            data = path.read_bytes()
-            whole = data[: data.rfind(b"\n") + 1]
-            if len(whole) != len(data):
-                with open(path, "r+b") as f:
-                    f.truncate(len(whole))
-        self.done = {r["key"]: r for r in map(json.loads, whole.decode("utf-8").split("\n")[:-1])}
-        self._file = open(path, "a", encoding="utf-8")
+        self.done = {r["key"]: r for r in hosts.once(_whole_lines, path)}
+        self._file = open(path, "a", encoding="utf-8") if hosts.first() and not in_bucket(path) else None
 
     def add(self, items: list[dict]) -> None:
         """Each item has a unique "key"."""
-        self._file.write("".join(dumps(i) for i in items))
-        self._file.flush()
+        text = "".join(dumps(i) for i in items)
+        if self._file:
+            self._file.write(text)
+            self._file.flush()
+        elif items and in_bucket(self.path):
+            write_text(self.path.with_name(f"{self.path.name}.{len(self.done):09d}"), text)
         self.done.update({i["key"]: i for i in items})
 
     def remove(self) -> None:
-        self._file.close()
-        self.path.unlink(missing_ok=True)
+        if self._file:
+            self._file.close()
+        if hosts.first():
+            for part in _parts(self.path):
+                part.unlink(missing_ok=True)
+
+
+def _parts(path: Path) -> list[Path]:
+    """The files of a journal: in a bucket one for each addition."""
+    return sorted(path.parent.glob(f"{path.name}.*"), key=str) if in_bucket(path) else [path]
+
+
+def _whole_lines(path: Path) -> list[dict]:
+    if in_bucket(path):
+        with ThreadPoolExecutor(READERS) as readers:
+            texts = readers.map(lambda part: part.read_text(encoding="utf-8"), _parts(path))
+            return [json.loads(line) for text in texts for line in text.split("\n")[:-1]]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = path.read_bytes() if path.exists() else b""
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) != len(data):
+        with open(path, "r+b") as f:
+            f.truncate(len(whole))
+    return [json.loads(line) for line in whole.decode("utf-8").split("\n")[:-1]]
 
 
 class Drops:

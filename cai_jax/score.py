@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cai_jax.data import bucket
+from cai_jax.errors import InputError
 from cai_jax.logprobs import target_logprobs
 from cai_jax.losses import preference_from_logprobs
 from cai_jax.models import LM
@@ -15,10 +16,10 @@ from cai_jax.models.heads import apply_head
 from cai_jax.models.transformer import Transformer, unstack
 from cai_jax.progress import Progress, say
 from cai_jax.prompts import OPTIONS
-from cai_jax.sharding import batch_ways, put_batch
+from cai_jax.sharding import batch_ways, everywhere, put_batch
 from cai_jax.slots import read_text, ready
 from cai_jax.trees import WORTH, Tree, common, first_fit, lay, plant
-from cai_jax.workdir import InputError, raise_if_stopping
+from cai_jax.workdir import raise_if_stopping
 
 LIMITS = (256, 512, 1024, 2048)  # tokens of a tree: a larger one shares more and compares more in vain
 FIRST = 4096  # texts by which their size is chosen
@@ -53,7 +54,7 @@ def tree_logprobs(net: Transformer, params, prefix, offset, batch):
     else:
         hidden = net.apply({"params": params}, *rows)
     x_BMD = jnp.take_along_axis(hidden, batch["at"][:, :, None], axis=1)
-    return target_logprobs(net, params, x_BMD, batch["next"])[0]
+    return everywhere(target_logprobs(net, params, x_BMD, batch["next"])[0])
 
 
 class Plan(NamedTuple):

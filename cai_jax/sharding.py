@@ -4,6 +4,7 @@ The mesh is always ("data", "fsdp", "model"): the batch is split over the first 
 """
 
 import re
+from math import prod
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cai_jax.workdir import InputError
+from cai_jax.errors import InputError
 
 AXES = ("data", "fsdp", "model")
 BATCH = ("data", "fsdp")
@@ -129,12 +130,55 @@ def gather_split(tree):
 
 def put(tree, mesh):
     """Host arrays onto the mesh by PARAM_RULES."""
-    return jax.device_put(tree, shardings(tree, mesh))
+    return jax.tree.map(_spread, tree, shardings(tree, mesh))
+
+
+def _spread(x, sharding):
+    """Values that every process has onto devices, of which each has some."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+
+
+def replicated(mesh) -> NamedSharding:
+    """Whole on every device, as what the host reads must be."""
+    return NamedSharding(mesh, P())
+
+
+def batch_axes() -> tuple[str, ...]:
+    """The axes of the mesh in scope that rows are split along: those of BATCH, but for what `each_data` has taken."""
+    return tuple(axis for axis in BATCH if axis not in jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def batch_ways(mesh) -> int:
     """How many parts the batch is split in."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return prod(mesh.shape[axis] for axis in BATCH if axis not in getattr(mesh, "manual_axes", ()))
+
+
+def each_data(f, specs, *args):
+    """f(*args), a tree of sums, by every part of the data axis alone, whose results are added. `specs`: P("data") of what is
+    split along it, P() of what is the same for all.
+
+    What f adds up along fsdp is then added there first and split, and only parts go along data, which between slices of TPUs is
+    a slow network. Left to itself XLA adds whole arrays over all devices.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["data"] == 1:
+        return f(*args)
+
+    def part(*args):
+        return jax.tree.map(lambda x: jax.lax.psum(x, "data"), f(*args))
+
+    return jax.shard_map(part, in_specs=specs, out_specs=P(), axis_names={"data"}, check_vma=False)(*args)
+
+
+def as_parameters(tree):
+    """Arrays that have the paths of parameters, such as gradients, laid out as those are. Without a mesh in scope: `tree`."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    lay = lambda path, x: jax.lax.with_sharding_constraint(x, spec_of(path_name(path), x.shape))  # noqa: E731
+    return jax.tree_util.tree_map_with_path(lay, tree)
 
 
 def put_batch(batch, mesh):
@@ -142,14 +186,14 @@ def put_batch(batch, mesh):
     ways = batch_ways(mesh)
     for name, x in batch.items():
         exact_div(x.shape[0], ways, f"batch array {name!r} over the mesh axes {BATCH} (--config.mesh)")
-    return jax.device_put(batch, NamedSharding(mesh, P(BATCH)))
+    return {name: _spread(x, NamedSharding(mesh, P(BATCH))) for name, x in batch.items()}
 
 
 def by_part(f):
     """`f` on each part of the batch axes alone; it takes and gives arrays split along them. Without a mesh in scope: `f`."""
     if jax.sharding.get_abstract_mesh().empty:
         return f
-    return jax.shard_map(f, in_specs=P(BATCH), out_specs=P(BATCH), axis_names=set(BATCH))
+    return jax.shard_map(f, in_specs=P(batch_axes()), out_specs=P(batch_axes()), axis_names=set(batch_axes()))
 
 
 def look_up(table_VD, index_BT):
@@ -174,12 +218,26 @@ def look_up(table_VD, index_BT):
             x = jax.lax.all_gather(x, "fsdp", axis=x.ndim - 1, tiled=True)
         return jax.lax.psum(x, "model")
 
-    rows = P(BATCH) if even else P()
-    return jax.shard_map(part, in_specs=(P("model", "fsdp"), rows), out_specs=rows, check_vma=False)(table_VD, index_BT)
+    rows = P(batch_axes()) if even else P()
+    return on_parts(part, (P("model", "fsdp"), rows), rows)(table_VD, index_BT)
+
+
+def on_parts(f, specs, out):
+    """`f` on what each device has. Without a mesh of several in scope: `f`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return f
+    free = set(mesh.axis_names) - set(mesh.manual_axes)
+    return jax.shard_map(f, in_specs=specs, out_specs=out, axis_names=free, check_vma=False)
+
+
+def everywhere(x):
+    """`x` whole on every device. Without a mesh in scope it is `x`."""
+    return constrain(x, *[None] * x.ndim)
 
 
 def constrain(x, *axes):
     """`x` with its axes laid out as named: "batch", "model" or None each. Without a mesh in scope it is `x`."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, P(*(BATCH if a == "batch" else a for a in axes)))
+    return jax.lax.with_sharding_constraint(x, P(*(batch_axes() if a == "batch" else a for a in axes)))

@@ -19,7 +19,7 @@ from cai_jax.models.kernels import machine
 from cai_jax.models.layers import turned
 from cai_jax.models.transformer import Transformer, cast_matrices, unstack
 from cai_jax.sampling import choose, record_keys
-from cai_jax.sharding import batch_ways, by_part, constrain, gather_split, put_batch
+from cai_jax.sharding import batch_ways, by_part, constrain, everywhere, gather_split, put_batch
 
 ROOM = 128  # a long slot has a multiple of so many tokens
 PIECE = 512  # tokens of a text read at once: bounds the attention scores of a long one, and the number of compiled lengths
@@ -108,8 +108,7 @@ def grow(old: Slots, slots: int) -> Slots:
 def _laid_out(s: Slots) -> Slots:
     """What the host reads lies whole on every device, so that all processes decide alike."""
     layers = jax.tree.map(lambda x: constrain(x, "batch", "model", *[None] * (x.ndim - 2)), s.layers)
-    named = {name: constrain(getattr(s, name), None, None) for name in ("tokens_BR", "logp_BR")}
-    named |= {name: constrain(getattr(s, name), None) for name in ("count_B", "done_B", "finished_B")}
+    named = {name: everywhere(getattr(s, name)) for name in ("tokens_BR", "logp_BR", "count_B", "done_B", "finished_B")}
     return s._replace(layers=layers, x_BD=constrain(s.x_BD, "batch", None), **named)
 
 

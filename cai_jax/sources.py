@@ -23,8 +23,8 @@ from pathlib import Path
 from urllib.parse import parse_qsl
 
 from cai_jax import records, workdir
+from cai_jax.errors import InputError
 from cai_jax.prompts import ASSISTANT, USER
-from cai_jax.workdir import InputError
 
 FORMS = ("messages", "prompt", "transcript", "chosen")  # of a prompt
 OURS = ("id", "messages", "prompt", "transcript", "chosen", "rejected", "response_a", "response_b", "p_a")

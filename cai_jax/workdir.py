@@ -13,27 +13,42 @@ import os
 import signal
 import sys
 import threading
+from importlib.util import find_spec
 from pathlib import Path
 
-
-class InputError(ValueError):
-    """Something the user gave cannot be used. The message says what, where, what was wanted and what to change."""
-
-
-class Stopped(RuntimeError):
-    """The run was asked to stop, has saved its state, and ends. Running the same command again goes on."""
-
+from cai_jax import hosts, maintenance, progress
+from cai_jax.errors import InputError, Stopped, difference
 
 _stop = threading.Event()
 _locks = []
 
 
 def stop_on_sigterm() -> None:
-    """From now on SIGTERM asks the run to stop at its next safe point."""
+    """From now on SIGTERM asks the run to stop at its next safe point. Comes before hosts.join, which has a way of its own."""
     signal.signal(signal.SIGTERM, lambda *_: _stop.set())
 
 
+def stop_before_maintenance() -> None:
+    """From now on a machine that says it will end is a SIGTERM."""
+
+    def act(why: str) -> None:
+        progress.cry(f"this machine will end ({why}): saving and stopping")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    maintenance.watch(act)
+
+
+def hand_over() -> None:
+    """After hosts.join, which has its own way of hearing SIGTERM: one that came before is said again."""
+    if _stop.is_set():
+        _stop.clear()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def stopping() -> bool:
+    """A safe point: whether the run is to stop here. All processes of it come to the same ones."""
+    if hosts.asked_to_stop():
+        _stop.set()
     return _stop.is_set()
 
 
@@ -43,12 +58,41 @@ def raise_if_stopping() -> None:
         raise Stopped("stopped on request; everything so far is saved, the same command goes on from here")
 
 
+def folder_of(text: str):
+    """A run's folder: a Path, or what is used like one and lies in a bucket, gs://BUCKET/FOLDER."""
+    if "://" not in text:
+        return Path(text)
+    if not text.startswith("gs://"):
+        raise InputError(f"--workdir={text}: wanted a folder, or gs://BUCKET/FOLDER")
+    if not find_spec("gcsfs"):
+        raise InputError(f"--workdir={text}: buckets want gcsfs, which is not installed: pip install -e '.[gcs]'")
+    from etils import epath
+
+    return epath.Path(text)
+
+
+def in_bucket(path) -> bool:
+    """Whether a file lies where files appear whole, are not locked and do not grow."""
+    return not isinstance(path, Path)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Writes a whole file beside its place and renames it: readers see the old text or the new, never a part."""
+    """Writes a whole file beside its place and renames it: readers see the old text or the new, never a part. Of several
+    processes the first writes."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """See `write_text`."""
+    if not hosts.first():
+        return
+    if in_bucket(path):
+        path.write_bytes(data)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.tmp")
-    with open(beside, "w", encoding="utf-8") as f:
-        f.write(text)
+    with open(beside, "wb") as f:
+        f.write(data)
         f.flush()
         os.fsync(f.fileno())
     os.replace(beside, path)
@@ -69,40 +113,31 @@ def read_json(path: Path):
 
 def digest(path) -> str:
     """sha256 of a file, or of the names and contents of a folder's files."""
-    path = Path(path)
+    path = Path(path) if isinstance(path, str) else path
     if not path.exists():
         raise InputError(f"missing file: {path}; paths are relative to where the command is run")
     sha = hashlib.sha256()
     for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
         if path.is_dir():
             sha.update(str(file.relative_to(path)).encode())
-        with open(file, "rb") as f:
+        with file.open("rb") as f:
             while block := f.read(1 << 20):
                 sha.update(block)
     return sha.hexdigest()
-
-
-def _flatten(value, prefix: str = "") -> dict:
-    if isinstance(value, dict):
-        return {k: v for key, sub in value.items() for k, v in _flatten(sub, f"{prefix}{key}.").items()}
-    return {prefix[:-1]: list(value) if isinstance(value, tuple) else value}
-
-
-def difference(old: dict, new: dict) -> list[str]:
-    """'key: old -> new' for everything that differs between two nested dicts."""
-    old, new = _flatten(old), _flatten(new)
-    keys = sorted(k for k in old.keys() | new.keys() if old.get(k, "(absent)") != new.get(k, "(absent)"))
-    return [f"{k}: {old.get(k, '(absent)')} -> {new.get(k, '(absent)')}" for k in keys]
 
 
 def begin(stage: str, workdir: Path, inputs: dict) -> bool:
     """Opens a stage. -> True when it has work to do, False when it is done already.
 
     `inputs`: what its result depends on. Raises InputError, with the difference, when the folder holds the same stage with
-    other inputs.
+    other inputs, or another process has others.
     """
+    hosts.agree(f"inputs of stage {stage!r}", inputs)
+    return hosts.once(_begin, stage, workdir, json.loads(json.dumps(inputs)))
+
+
+def _begin(stage: str, workdir: Path, inputs: dict) -> bool:
     folder = workdir / stage
-    inputs = json.loads(json.dumps(inputs))
     record = folder / "inputs.json"
     if record.exists():
         changed = difference(read_json(record), inputs)
@@ -121,12 +156,20 @@ def begin(stage: str, workdir: Path, inputs: dict) -> bool:
 
 def _holds_work(folder: Path) -> bool:
     """Whether a stage's folder has more than the record of its inputs: a file that is not empty, in whatever depth."""
+    if in_bucket(folder):
+        return any(set(files) - {"inputs.json"} for _, _, files in folder.walk())
     return any(p.is_file() and p.stat().st_size and p.name != "inputs.json" for p in folder.rglob("*"))
 
 
-def finish(stage: str, workdir: Path, outputs: dict, counts: dict) -> None:
-    """Closes a stage: `outputs` maps file names to what identifies them, `counts` is for the reader of the run."""
-    write_json(workdir / stage / "done.json", {"outputs": outputs, "counts": counts})
+def finish(stage: str, workdir: Path, counts: dict, files: tuple[str, ...] = (), **made) -> None:
+    """Closes a stage: its outputs are `files`, by their fingerprints, and what is `made` by what identifies it; `counts` is for
+    the reader of the run. When it returns, every process sees the stage's files."""
+    hosts.once(_finish, workdir / stage, counts, files, made)
+
+
+def _finish(folder: Path, counts: dict, files: tuple[str, ...], made: dict) -> None:
+    found = {name: digest(folder / name) for name in files}
+    write_json(folder / "done.json", {"outputs": found | made, "counts": counts})
 
 
 def outputs(stage: str, workdir: Path) -> dict:
@@ -140,24 +183,59 @@ def outputs(stage: str, workdir: Path) -> dict:
 
 
 def open_run(workdir: Path) -> None:
-    """Makes the run's folder and holds its lock until this process ends. Raises InputError while another process does."""
+    """Makes the run's folder and holds its lock until this process ends. Raises InputError while another run does, or when a
+    process does not see what the first one writes there."""
+    token = hosts.once(_open_run, workdir)
+    mark = workdir / ".seen"
+    blind = [at for at, seen in hosts.heard((hosts.name(), mark.exists() and mark.read_text() == token)) if not seen]
+    hosts.once(mark.unlink)
+    if blind:
+        raise InputError(
+            f"--workdir={workdir}: what the first process writes there is not seen by {', '.join(blind)}; it must be a folder "
+            "that all hosts share, see launch/README.md"
+        )
+
+
+def _open_run(workdir: Path) -> str:
+    """-> what stands in the file that all processes should see."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise InputError(f"--workdir={workdir}: no folder can be made there ({e.strerror}); give another") from e
-    _locks.append(open(workdir / ".lock", "w"))
+    if not in_bucket(workdir):
+        _locks.append(open(workdir / ".lock", "w"))
+        try:
+            fcntl.flock(_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise InputError(f"another process is running in {workdir}; wait for it, stop it, or give another --workdir") from e
+    token = os.urandom(8).hex()
     try:
-        fcntl.flock(_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        raise InputError(f"another process is running in {workdir}; wait for it, stop it, or give another --workdir") from e
+        write_text(workdir / ".seen", token)
+    except Exception as e:  # of a bucket, whose library has errors of its own
+        if not in_bucket(workdir):
+            raise
+        raise InputError(
+            f"--workdir={workdir}: cannot be written ({e}); log in with `gcloud auth application-default login`, or give this "
+            "machine's service account the right to write there"
+        ) from e
+    return token
+
+
+def begin_run(workdir: Path, config: dict) -> None:
+    """Records the first start of a run."""
+    if not (workdir / "config.json").exists():
+        record_run(workdir, config)
 
 
 def record_run(workdir: Path, config: dict) -> None:
     """The resolved configuration, the seed and the versions that this run's files come from."""
+    write_json(workdir / "manifest.json", versions() | {"seed": config["seed"]})
     write_json(workdir / "config.json", config)
+
+
+def versions() -> dict:
     names = ("cai_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy")
-    versions = {n: packages.version(n) for n in names if _installed(n)}
-    write_json(workdir / "manifest.json", {"python": sys.version.split()[0], "packages": versions, "seed": config["seed"]})
+    return {"python": sys.version.split()[0], "packages": {n: packages.version(n) for n in names if _installed(n)}}
 
 
 def _installed(name: str) -> bool:

@@ -2,8 +2,8 @@
 
     cai run --config=configs/bai2022.py --workdir=runs/bai2022
 
-Such a slice has many hosts, and this version runs in one process: until it joins several, this is the paper's numbers to read,
-to override down (--config.model.path, --config.mesh) and to run in miniature.
+Such a slice has 256 hosts; launch/README.md starts the command on all of them. For less, override --config.model.path and
+--config.mesh.
 
 From the paper: 182,831 red-team prompts and four critiques and revisions of each by a helpful-only assistant, 135,296 helpful
 prompts with two responses each, everything at temperature 1; a pretrained model tuned on the revisions of every round for one

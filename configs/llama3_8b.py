@@ -2,8 +2,8 @@
 
     cai run --config=configs/llama3_8b.py --workdir=runs/llama3_8b
 
-Such slices have many hosts, and this version runs in one process: until it joins several, a machine of one host with 8
-accelerators of 80 GB takes --config.mesh="(1,8,1)".
+Such slices have many hosts; launch/README.md starts the command on all of them. A machine with 8 accelerators of 80 GB takes
+--config.mesh="(1,8,1)".
 
 Model: the pretrained checkpoint in plain transcripts, led by worked examples; the judge is the instruct checkpoint in its chat
 template, without examples. Data: hh-rlhf (MIT), prompts of at most 384 tokens, comparisons of at most 768. The mesh splits

@@ -2,8 +2,8 @@
 
     cai run --config=configs/mathewjohn2026.py --workdir=runs/mathewjohn2026
 
-Such a slice has many hosts, and this version runs in one process: until it joins several, a machine of one host with 8
-accelerators of 80 GB takes --config.mesh="(1,8,1)".
+Such a slice has many hosts; launch/README.md starts the command on all of them. A machine with 8 accelerators of 80 GB takes
+--config.mesh="(1,8,1)".
 
 From the paper: 36 principles in four categories; 80,000 prompts, temperature falling from 0.9 to 0.4 over the loop, nucleus
 0.92, greedy critiques; 8 % of the comparisons human; the reward model over two epochs; a KL coefficient of 0.03, which is

@@ -21,8 +21,8 @@ from cai_jax.ahead.steps import steps
 from cai_jax.ahead.work import Work, weights
 from cai_jax.checks import resolve
 from cai_jax.config import default
+from cai_jax.errors import InputError
 from cai_jax.sharding import BATCH, P, make_mesh
-from cai_jax.workdir import InputError
 
 TPU = pytest.mark.skipif(not find_spec("libtpu"), reason="the TPU compiler is not installed")
 

@@ -12,9 +12,9 @@ import tiny
 from cai_jax import optim
 from cai_jax.checkpoints import Saver, fingerprint, load_model, restore, save_model, steps
 from cai_jax.config import Optimizer
+from cai_jax.errors import InputError
 from cai_jax.sharding import make_mesh, path_name, put, shardings
 from cai_jax.train import TrainState, abstract, init_state
-from cai_jax.workdir import InputError
 
 
 def state_on(mesh, cfg=tiny.CFG, optimizer=None):

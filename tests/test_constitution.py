@@ -9,8 +9,8 @@ import pytest
 
 from cai_jax import constitution
 from cai_jax.constitution import Principle, load, load_few_shot, sample
+from cai_jax.errors import InputError
 from cai_jax.prompts import TEMPLATES
-from cai_jax.workdir import InputError
 
 ROOT = Path(__file__).parent.parent
 HEAD = 'name = "small"\nversion = "1"\n'

@@ -7,8 +7,8 @@ import pytest
 from cai_jax import constitution as constitutions
 from cai_jax import prompts
 from cai_jax.config import Config, Critique
+from cai_jax.errors import InputError
 from cai_jax.stages import critique
-from cai_jax.workdir import InputError
 
 ROOT = Path(__file__).parent.parent
 CONSTITUTION = constitutions.load(ROOT / "constitutions" / "miniworld.toml", templates=prompts.TEMPLATES)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from cai_jax.data import BUCKETS, bucket, epochs, load_comparisons, load_prompts, pack, pad_rows
+from cai_jax.errors import InputError
 from cai_jax.records import Drops
-from cai_jax.workdir import InputError
 
 USER = {"role": "user", "content": "Hello?"}
 REPLY = {"role": "assistant", "content": "Hi."}

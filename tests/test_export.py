@@ -20,11 +20,12 @@ from transformers import PreTrainedTokenizerFast as Wrapped
 from cai_jax import checkpoints, main, stages
 from cai_jax import export as exports
 from cai_jax.config import Config, Lora, Model, as_dict
+from cai_jax.errors import InputError
 from cai_jax.models import hf, lora
 from cai_jax.score import reward_scores
 from cai_jax.sharding import put
 from cai_jax.tokenizer import Tokenizer
-from cai_jax.workdir import InputError, finish, write_json
+from cai_jax.workdir import finish, write_json
 
 KINDS = {
     "llama": {"tie_word_embeddings": True},
@@ -58,7 +59,7 @@ def made(request, tmp_path_factory, mesh1):
     checkpoints.save_model(workdir / "sft", put(trained, mesh1))
     checkpoints.save_model(workdir / "reward", put({"trunk": stages.trunk(trained), "head": head}, mesh1))
     for stage in ("sft", "reward"):
-        finish(stage, workdir, {}, {})
+        finish(stage, workdir, {})
     return SimpleNamespace(cfg=cfg, workdir=workdir, trained=trained, head=head)
 
 
@@ -235,7 +236,7 @@ def adapted(made, mesh1, tmp_path_factory):
     checkpoints.save_model(workdir / "sft", put(adapter, mesh1))
     checkpoints.save_model(workdir / "reward", put({"trunk": adapter, "head": made.head}, mesh1))
     for stage in ("sft", "reward"):
-        finish(stage, workdir, {}, {})
+        finish(stage, workdir, {})
     return cfg, workdir
 
 

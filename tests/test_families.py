@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3F
 
 from cai_jax import prompts
 from cai_jax.config import Sampling
+from cai_jax.errors import InputError
 from cai_jax.generate import Request, sample_chains
 from cai_jax.models import LM, families, hf
 from cai_jax.models.transformer import Transformer
@@ -24,7 +25,6 @@ from cai_jax.sampling import record_key_data, record_keys
 from cai_jax.sharding import put_batch
 from cai_jax.slots import generate
 from cai_jax.tokenizer import Tokenizer, mark
-from cai_jax.workdir import InputError
 
 TOL = 2e-4
 SIZES = {"vocab_size": 98, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -11,9 +11,9 @@ from tokenizers import Tokenizer as Fast
 from transformers import PreTrainedTokenizerFast
 
 from cai_jax import formats, prompts
+from cai_jax.errors import InputError
 from cai_jax.prompts import OPTIONS
 from cai_jax.tokenizer import Tokenizer, mark
-from cai_jax.workdir import InputError
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"

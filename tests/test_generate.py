@@ -14,13 +14,13 @@ import tiny
 
 from cai_jax import generate as engine
 from cai_jax.config import Sampling
+from cai_jax.errors import InputError, Stopped
 from cai_jax.generate import Request, sample_chains, sample_texts
 from cai_jax.records import Journal
 from cai_jax.sampling import record_key_data, record_keys
 from cai_jax.score import option_logprobs
 from cai_jax.sharding import put_batch
 from cai_jax.slots import generate, ready
-from cai_jax.workdir import InputError, Stopped
 
 LONG = ["z" * 33, "A longer question, in the next bucket", "One more of the long: " + "w" * 20]
 CONTEXTS = ["Hi", "Who is there?", "x" * 31, "y" * 32, *LONG]

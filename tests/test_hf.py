@@ -19,12 +19,12 @@ from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from cai_jax.errors import InputError
 from cai_jax.models import hf
 from cai_jax.models.attention import Rope
 from cai_jax.models.heads import init_head
 from cai_jax.models.transformer import TransformerConfig, cast_matrices
 from cai_jax.sharding import shardings
-from cai_jax.workdir import InputError
 
 CONFIGS = {
     "tied, kv groups": tiny.CFG,

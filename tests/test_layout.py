@@ -12,7 +12,10 @@ PACKAGE = ROOT / "cai_jax"
 
 # Lowest first: the tiers of the design by number, some of them in several steps. A module imports lower steps only.
 TIERS = (
-    {"workdir", "progress"},  # 0: the ground
+    {"errors", "maintenance"},  # 0: the ground
+    {"hosts"},
+    {"progress"},
+    {"workdir"},
     {"config", "records", "sharding"},
     {"checks"},
     {"constitution", "losses", "sampling", "metrics", "optim", "checkpoints", "tokenizer"},

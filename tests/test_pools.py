@@ -9,10 +9,10 @@ import tiny
 from cai_jax import prompts, records
 from cai_jax.config import Config, Critique, Data, Evaluate
 from cai_jax.data import load_human, load_pool
+from cai_jax.errors import InputError
 from cai_jax.pairs import encode_comparisons
 from cai_jax.stages import evaluate
 from cai_jax.stages.reward import held_out
-from cai_jax.workdir import InputError
 
 
 def user(text):

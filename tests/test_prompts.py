@@ -6,7 +6,7 @@ import pytest
 
 from cai_jax import constitution, prompts
 from cai_jax.constitution import ComparisonBlock, CritiqueBlock, Principle
-from cai_jax.workdir import InputError
+from cai_jax.errors import InputError
 
 FIELDS = {name: constitution.placeholders(text) for name, text in prompts.TEMPLATES.items()}
 ONE = [{"role": "user", "content": "Hello?"}]

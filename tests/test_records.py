@@ -5,8 +5,8 @@ import json
 import pytest
 
 from cai_jax import records
+from cai_jax.errors import InputError
 from cai_jax.records import Drops, Journal
-from cai_jax.workdir import InputError
 
 ITEMS = [
     {"key": "a/0", "text": "plain"},

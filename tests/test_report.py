@@ -11,8 +11,9 @@ import matplotlib.image
 import pytest
 
 from cai_jax import config, markup, records
+from cai_jax.errors import InputError
 from cai_jax.stages import report
-from cai_jax.workdir import InputError, finish, write_json
+from cai_jax.workdir import finish, write_json
 
 CONSTITUTION = str(Path(__file__).parents[1] / "constitutions" / "miniworld.toml")
 HOSTILE = "<script>alert(\"1\")</script> {0} {name} %s & &amp; '<img src=http://x.y/z onerror=f()>' $\\bad{$ " + "w" * 99
@@ -83,23 +84,23 @@ def build(folder):
     """A finished run with hostile text wherever text goes."""
     write_json(folder / "manifest.json", {"python": "3.99", "packages": {"jax": HOSTILE}, "seed": 0})
     records.write(folder / "critique" / "revisions.jsonl", [revision(n) for n in range(8)])
-    finish("critique", folder, {}, {"given": 9, "kept": 8, "dropped": {HOSTILE: 1}})
+    finish("critique", folder, {"given": 9, "kept": 8, "dropped": {HOSTILE: 1}})
     for stage in ("sft", "reward", "dpo", "ppo"):
         logged = [{"step": t, "loss": 1 / (t + 1), "kl": 0.5} for t in range(5)]
         records.write(folder / stage / "metrics.jsonl", logged)
         records.write(folder / stage / "timing.jsonl", [{"step": t, "seconds": 2.5} for t in range(6)])
-    finish("sft", folder, {}, {"given": 7, "kept": 7, "dropped": {}})
-    finish("reward", folder, {}, {"ai": 6, "human": 2, "human_share": 0.25})
-    finish("dpo", folder, {}, {})
-    finish("ppo", folder, {}, {"iterations": 5})
+    finish("sft", folder, {"given": 7, "kept": 7, "dropped": {}})
+    finish("reward", folder, {"ai": 6, "human": 2, "human_share": 0.25})
+    finish("dpo", folder, {})
+    finish("ppo", folder, {"iterations": 5})
     records.write(folder / "preferences" / "comparisons.jsonl", [comparison(n) for n in range(1, 7)])
     judge = {"flip_rate": 0.125, "position_lean": 0.25, "decidedness": 0.2}
-    finish("preferences", folder, {}, {"given": 8, "kept": 6, "dropped": {"identical responses": 2}} | judge)
+    finish("preferences", folder, {"given": 8, "kept": 6, "dropped": {"identical responses": 2}} | judge)
     write_json(folder / "reward" / "evaluation.json", EVALUATION)
     write_json(folder / "evaluate" / "results.json", {"models": MODELS})
     write_json(folder / "evaluate" / "rounds.json", ROUNDS)
     records.write(folder / "evaluate" / "transcripts.jsonl", [transcript(n, m) for m in MODELS for n in range(8)])
-    finish("evaluate", folder, {"results.json": "1"}, {"prompts": {"heldout": 9}})
+    finish("evaluate", folder, {"prompts": {"heldout": 9}}, results="1")
     return folder
 
 
@@ -266,8 +267,8 @@ def test_it_is_a_stage_like_the_others(tmp_path):
     assert not report.run(settings(), tmp_path, None)
     with pytest.raises(InputError, match="seed: 0 -> 1"):
         report.run(dataclasses.replace(settings(), seed=1), tmp_path, None)
-    finish("evaluate", tmp_path, {"results.json": "2"}, {})
-    with pytest.raises(InputError, match="results.json: 1 -> 2"):
+    finish("evaluate", tmp_path, {}, results="2")
+    with pytest.raises(InputError, match="results: 1 -> 2"):
         report.run(settings(), tmp_path, None)
     (tmp_path / "ppo" / "done.json").unlink()
     with pytest.raises(InputError, match="'ppo' has not finished"):

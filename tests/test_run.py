@@ -220,7 +220,7 @@ def test_pretraining_starts_from_nothing_and_learns(tmp_path):
 def test_sigterm_saves_and_exits_with_the_code_launchers_restart_on(tmp_path):
     workdir = tmp_path / "run"
     with open(tmp_path / "log", "w") as log:
-        process = kills.start(workdir, (*kills.SMALL, "--config.sft.epochs=200"), log)
+        [process] = kills.start(workdir, (*kills.SMALL, "--config.sft.epochs=200"), log)
         metrics = workdir / "sft" / "metrics.jsonl"
         deadline = time.monotonic() + 300
         while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None and time.monotonic() < deadline:

@@ -8,10 +8,10 @@ import tiny
 
 from cai_jax import score
 from cai_jax.data import bucket, pad_rows
+from cai_jax.errors import InputError
 from cai_jax.models.heads import apply_head, init_head
 from cai_jax.score import averaged_preference, hidden_states, option_logprobs, row_batch
 from cai_jax.sharding import put, put_batch
-from cai_jax.workdir import InputError
 
 # --- Options ----------------------------------------------------------------------------------------------------------
 CONTEXTS = ["Q:", "Which is better? The answer is:", "x" * 29, "y" * 40, "Really?", "z" * 33, "a b c", "Hm"]

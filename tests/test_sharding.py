@@ -14,10 +14,10 @@ from jax.sharding import PartitionSpec as P
 
 from cai_jax import optim, sharding
 from cai_jax.config import Lora, Optimizer
+from cai_jax.errors import InputError
 from cai_jax.models.heads import init_head
 from cai_jax.models.transformer import init_params
 from cai_jax.sharding import constrain, exact_div, look_up, make_mesh, path_name, put, put_batch, shard_init, shardings, spec_of
-from cai_jax.workdir import InputError
 
 WANTED = {  # of the reward model's parameters on any mesh
     "trunk/embed/embedding": P("model", "fsdp"),

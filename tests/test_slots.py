@@ -1,5 +1,7 @@
 """Decoding in slots against the plain forward pass."""
 
+from math import prod
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 import tiny
 
 from cai_jax import slots
+from cai_jax.ahead.cost import COLLECTIVES
+from cai_jax.ahead.hlo import parse
 from cai_jax.logprobs import target_logprobs
 from cai_jax.sampling import record_key_data, record_keys
 from cai_jax.score import hidden_states, row_batch
@@ -17,6 +21,7 @@ P, R = 16, 12
 LENGTHS = (16, 1, 7, 12, 16, 3, 0, 9)  # full rows, short ones, and one row of padding
 NO_STOP, STOP = (-1,) * 8, (5, 20, 33, 41, 58, 66, 79, 90)  # eight ends, so that many rows end and some do not
 T = 0.7
+CALLS = ("calls", "to_apply", "body", "condition", "branch_computations", "true_computation", "false_computation")
 
 
 def run(mesh, tokens, lengths, greedy=False, stop=NO_STOP, seed=0, names="abcdefgh", params=None) -> Sampled:
@@ -188,3 +193,53 @@ def test_noise_differs_from_step_to_step(mesh1):
     out = run(mesh1, *tiny.rows((4,) * 8, P), params=flat)
     assert all(len(set(row.tolist())) > 6 for row in out.tokens_BR)
     np.testing.assert_allclose(out.logp_BR, -np.log(98), rtol=1e-5)
+
+
+def messages_of_a_step(mesh, cfg, gather=True, **rules):
+    """The shapes that devices send one another in each decoding step, by what sends them."""
+    with jax.set_mesh(mesh):
+        net = tiny.net(cfg, unrolled=True)
+        params, empty = slots.serving(tiny.net(cfg), tiny.on(mesh, cfg), gather), slots.new(net, 16, 64, 8)
+        ends = slots.Rules(jnp.array([1], jnp.int32), jnp.zeros((2, cfg.vocab_size), jnp.int8))
+        text = slots.decode.lower(net, params, None, empty, ends, 4, **rules).compile().as_text()
+    computations, _ = parse(text)
+    loop = next(
+        op
+        for ops in computations.values()
+        for op in ops.values()
+        if op.kind == "while" and op.scope().endswith("decoding/while")
+    )
+    found, waiting = {}, {*loop.called("body")}
+    seen = set()
+    while waiting:
+        seen.add(name := waiting.pop())
+        for op in computations[name].values():
+            waiting |= {n for how in CALLS for n in op.called(how)} - seen
+            if op.kind.removesuffix("-start") in COLLECTIVES:
+                found.setdefault(op.kind, []).extend(s.dims for s in op.shapes)
+    return found
+
+
+@pytest.mark.parametrize("rules", [{}, {"top_p": 0.9}, {"top_k": 5, "min_p": 0.1}])
+@pytest.mark.parametrize("cfg", [tiny.CFG, tiny.UNTIED], ids=["tied", "untied"])
+def test_a_decoding_step_sends_no_logits_and_no_weights(cfg, rules, mesh8):
+    """Hidden states of a device's rows at most, and what is found per row: nothing has an axis of the vocabulary, and the only
+    thing that is gathered are the rows' tokens."""
+    found = messages_of_a_step(mesh8, cfg, **rules)
+    assert found.pop("all-gather") == [(2, 4, 1)]
+    assert max(prod(shape) for shapes in found.values() for shape in shapes) == 4 * cfg.width
+    assert not any(size % 7 == 0 for shapes in found.values() for shape in shapes for size in shape)
+
+
+def test_a_choice_that_sorts_would_gather_the_logits(mesh8, monkeypatch):
+    """What the test above would see."""
+
+    def sorting(logits_BV, *_):
+        order_BV = jnp.argsort(logits_BV, axis=1, descending=True)
+        return order_BV[:, 0].astype(jnp.int32), logits_BV[:, 0]
+
+    monkeypatch.setattr(slots, "choose", sorting)
+    jax.clear_caches()
+    found = messages_of_a_step(mesh8, tiny.CFG)
+    assert any(size % 7 == 0 for shapes in found.values() for shape in shapes for size in shape), found
+    jax.clear_caches()

@@ -12,7 +12,7 @@ import pytest
 
 from cai_jax import sources
 from cai_jax.data import load_comparisons, load_prompts
-from cai_jax.workdir import InputError
+from cai_jax.errors import InputError
 
 SAMPLES = Path(__file__).parents[2] / "shared" / "data"
 USER = [{"role": "user", "content": "Why?"}]

@@ -13,11 +13,12 @@ import tiny
 
 from cai_jax import checkpoints, prompts, records, stages
 from cai_jax.config import PPO, SFT, Checkpoint, Config, Data, Lora, Model, Preferences, Reward
+from cai_jax.errors import InputError
 from cai_jax.models import hf, lora
 from cai_jax.models.heads import init_head
 from cai_jax.sharding import put
 from cai_jax.stages.ppo import models
-from cai_jax.workdir import InputError, finish
+from cai_jax.workdir import finish
 
 TOKENS, LENGTHS = tiny.rows([9, 12], 12)
 

@@ -9,9 +9,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from cai_jax import tokenizer
+from cai_jax.errors import InputError
 from cai_jax.prompts import OPTIONS
 from cai_jax.tokenizer import Tokenizer
-from cai_jax.workdir import InputError
 
 BASE = Path(tokenizer.__file__).parent / "miniworld" / "base"
 CORPUS = [

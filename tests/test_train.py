@@ -17,11 +17,11 @@ from jax.sharding import PartitionSpec as P
 from cai_jax import checkpoints, metrics, optim, train
 from cai_jax.config import Optimizer
 from cai_jax.data import epochs, pack
+from cai_jax.errors import InputError, Stopped
 from cai_jax.metrics import NotFinite
 from cai_jax.records import Drops
 from cai_jax.sharding import put_batch, shardings
 from cai_jax.train import TrainState, fit, init_state, language_model_loss, make_train_step
-from cai_jax.workdir import InputError, Stopped
 
 STEPS, EVERY = 6, 2
 ADAM = Optimizer(learning_rate=1e-2, warmup_steps=2, weight_decay=0.01)

@@ -310,6 +310,29 @@ def test_activations_are_laid_out_by_name_at_every_block_and_for_the_logits(mesh
     assert Counter((e.outvars[0].aval.shape, e.params["sharding"].spec) for e in found) == wanted
 
 
+def test_tokens_that_are_split_between_layers_give_the_same(mesh8):
+    """Values and gradients, scanned or not; a row that does not divide stays whole, as in decoding."""
+    tokens, lengths = tiny.rows([8, 3, 5, 8, 1, 2, 7, 6], 8, seed=6)
+    weights = np.random.default_rng(0).normal(size=(8, 8, 98)).astype(np.float32)
+    weights *= (np.arange(8)[None] < lengths[:, None])[:, :, None]
+
+    def value(net, params):
+        return jnp.sum(tiny.logits(net, params, tokens, lengths) * weights)
+
+    with jax.set_mesh(mesh8):
+        split = replace(tiny.CFG, sequence="split")
+        of = jax.jit(jax.value_and_grad(value, 1), static_argnums=0)
+        whole = of(tiny.net(), tiny.on(mesh8))
+        for options in ({}, {"remat": "full"}):
+            tiny.assert_close(of(tiny.net(split, **options), tiny.on(mesh8)), whole)
+        for width, layout in ((8, P(("data", "fsdp"), "model", None)), (7, P(("data", "fsdp"), None, None))):
+            args = tiny.net(split), tiny.params(), tokens[:, :width], lengths
+            jaxpr = jax.make_jaxpr(tiny.logits, static_argnums=0)(*args).jaxpr
+            found = [e for e in tiny.equations(jaxpr) if e.primitive.name == "sharding_constraint"]
+            states = [e.params["sharding"].spec for e in found if e.outvars[0].aval.shape == (8, width, 32)]
+            assert states == [layout] * 2
+
+
 def test_parameters_are_float32_with_the_layers_in_front():
     for cfg in (tiny.CFG, tiny.UNTIED):
         shapes = jax.eval_shape(lambda k, cfg=cfg: init_params(tiny.net(cfg), k), jax.random.key(0))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cai_jax import workdir
-from cai_jax.workdir import InputError
+from cai_jax.errors import InputError
 
 INPUTS = {"config": {"epochs": 2, "clamp": (0.4, 0.6), "sampling": {"top_p": 1.0}}, "seed": 0, "files": {}}
 
@@ -107,7 +107,7 @@ def test_a_stage_begins_resumes_with_the_same_inputs_and_is_skipped_when_done(tm
     assert workdir.begin("sft", tmp_path, INPUTS)  # not finished: resumed
     with pytest.raises(InputError, match="'sft' has not finished.*--config.stages"):
         workdir.outputs("sft", tmp_path)
-    workdir.finish("sft", tmp_path, {"model": "abc"}, {"given": 3})
+    workdir.finish("sft", tmp_path, {"given": 3}, model="abc")
     assert not workdir.begin("sft", tmp_path, INPUTS)
     assert workdir.outputs("sft", tmp_path) == {"model": "abc"}
     assert workdir.begin("reward", tmp_path, INPUTS)  # another stage is another folder
@@ -117,7 +117,7 @@ def test_a_stage_begins_resumes_with_the_same_inputs_and_is_skipped_when_done(tm
 def test_changed_inputs_are_refused_with_the_difference(tmp_path, done):
     workdir.begin("sft", tmp_path, INPUTS)
     if done:
-        workdir.finish("sft", tmp_path, {}, {})
+        workdir.finish("sft", tmp_path, {})
     else:
         (tmp_path / "sft" / "journal.jsonl").write_text("{}\n")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}

@@ -12,8 +12,8 @@ from typing import Any
 
 from cai_jax.ahead import chips, cost
 from cai_jax.config import Config
+from cai_jax.errors import InputError
 from cai_jax.progress import say
-from cai_jax.workdir import InputError
 
 SHAPES = Path("configs/shapes")  # config.json of models, by name
 SPARE = 0.1  # of the memory, below which a step that fits is told to be close

@@ -3,7 +3,7 @@
 import os
 from typing import NamedTuple
 
-from cai_jax.workdir import InputError
+from cai_jax.errors import InputError
 
 GIB = 1024**3
 

@@ -24,7 +24,7 @@ from cai_jax.models import lora
 from cai_jax.models.transformer import Transformer
 from cai_jax.pairs import batches, encode_comparisons
 from cai_jax.sampling import record_keys
-from cai_jax.sharding import BATCH, P, batch_ways
+from cai_jax.sharding import BATCH, P, batch_ways, replicated
 from cai_jax.slots import PIECE, Reading, Rules, Sampled, decode, generate, needed, read, read_prefix
 from cai_jax.stages import OF_INIT, adapts, checkpoint, origin, trunk
 from cai_jax.stages.dpo import preference_loss, response_logprobs
@@ -181,7 +181,11 @@ def reward(cfg: Config, mesh) -> list[Step]:
     m = shapes.model(cfg, mesh, "reward")
     (arrays, sizes), work = pairs(cfg, mesh, m, "reward"), Work(m.net)
     shape = *arrays["tokens"].shape, "trees"
-    lower = partial(jax.jit(partial(pair_scores, m.net)).lower, lora.join(m.frozen, m.trained), batch(arrays, mesh))
+    lower = partial(
+        jax.jit(partial(pair_scores, m.net), out_shardings=replicated(mesh)).lower,
+        lora.join(m.frozen, m.trained),
+        batch(arrays, mesh),
+    )
     loss = reward_loss(m.net)
     return [
         train(cfg, mesh, "reward", m, loss, cfg.reward.microbatches, arrays, sizes, work.training(*shape)),
@@ -195,7 +199,7 @@ def dpo(cfg: Config, mesh) -> list[Step]:
     (R, A), shape = arrays["at"].shape, (*arrays["tokens"].shape, "trees")
     net = Transformer(before.net.cfg, before.net.dtype)
     given = batch({k: x for k, x in arrays.items() if not k.startswith("reference")}, mesh)
-    lower = partial(jax.jit(partial(response_logprobs, net)).lower, before.params, given)
+    lower = partial(jax.jit(partial(response_logprobs, net), out_shardings=replicated(mesh)).lower, before.params, given)
     (once, all_places), (blocks, places) = counted(net, mesh, R, A), counted(net, mesh, R // c.microbatches, A)
     work = Work(m.net).training(*shape).head(places * c.microbatches, trained=True)
     return [

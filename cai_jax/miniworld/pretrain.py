@@ -6,15 +6,16 @@ import jax
 import jax.numpy as jnp
 
 from cai_jax import constitution as constitutions
-from cai_jax import optim, prompts, tokenizer
+from cai_jax import hosts, optim, prompts, tokenizer
 from cai_jax.config import Config, as_dict
+from cai_jax.errors import InputError
 from cai_jax.miniworld import grammar, make
 from cai_jax.miniworld.documents import packed_batch
 from cai_jax.models import compute_dtype, hf
 from cai_jax.models.transformer import Transformer, TransformerConfig, init_params
 from cai_jax.sharding import exact_div, shard_init
 from cai_jax.train import fit, init_state, language_model_loss, make_train_step
-from cai_jax.workdir import begin, digest, finish
+from cai_jax.workdir import begin, digest, finish, in_bucket
 
 STAGE = "pretrain"
 MAX_LENGTH = 512  # positions config.json allows; rotary embeddings have no table to outgrow
@@ -24,6 +25,8 @@ VOCAB_MULTIPLE = 64  # rows of the embedding are padded to this, so that meshes 
 def run(cfg: Config, workdir: Path, mesh) -> bool:
     """-> whether there was work to do. Writes pretrain/base/ and the prompt files pretrain/data/*.jsonl."""
     folder = workdir / STAGE
+    if hosts.count() > 1 or in_bucket(workdir):
+        raise InputError("pretrain: the embedded base is small, and one process makes it, in a --workdir of its machine")
     constitution = constitutions.load(cfg.constitution.path, cfg.constitution.exclude, templates=prompts.TEMPLATES)
     inputs = {"config": as_dict(cfg.pretrain), "seed": cfg.seed, "constitution": constitution.fingerprint}
     if not begin(STAGE, workdir, inputs):
@@ -56,5 +59,6 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     state = fit(STAGE, folder, state, {}, step, batch_at, c.steps, jax.random.fold_in(key, 1), c.checkpoint_every, mesh)
     hf.write_config(model, str(base), tok.eos_id, tok.pad_id)
     hf.save(str(base), state.params, model, jnp.bfloat16)
-    finish(STAGE, workdir, {"base": digest(base)}, {"parameters": sum(x.size for x in jax.tree.leaves(state.params))})
+    counts = {"parameters": sum(x.size for x in jax.tree.leaves(state.params))}
+    finish(STAGE, workdir, counts, base=digest(base))
     return True

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from cai_jax.workdir import InputError, read_json
+from cai_jax.errors import InputError
+from cai_jax.workdir import read_json
 
 WEIGHTS = ("F64", "F32", "F16", "BF16")  # other numbers are a quantised model's codes, which mean nothing without their scales
 

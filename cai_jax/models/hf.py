@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from cai_jax.errors import InputError
 from cai_jax.models import families
 from cai_jax.models.folder import Folder
 from cai_jax.models.transformer import Transformer, TransformerConfig, init_params
 from cai_jax.progress import Progress
 from cai_jax.sharding import path_name, put, shardings
-from cai_jax.workdir import InputError, write_json
+from cai_jax.workdir import write_json
 
 # Kind -> (our axes, their axes, the third of a fused tensor). Kernels are [in, out] here and [out, in] there, and what is one
 # axis there, in brackets of a space, may be several here. "v" is padded here, "3" is only there.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from cai_jax.models.attention import attend
-from cai_jax.sharding import BATCH, P, batch_ways
+from cai_jax.sharding import P, batch_axes, batch_ways, on_parts
 
 BLOCKS = (512, 256, 128)  # tokens that a TPU kernel takes at once: the first that divides a row
 LANES = 128  # of a TPU's registers
@@ -92,12 +92,6 @@ def _even(rows: int, heads: int) -> bool:
     return mesh.empty or (rows % batch_ways(mesh) == 0 and heads % mesh.shape["model"] == 0)
 
 
-def _on_parts(f, specs, out):
-    """`f` on every device's rows and heads. A Pallas kernel is one device's."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return f if mesh.empty or mesh.size == 1 else jax.shard_map(f, in_specs=specs, out_specs=out, check_vma=False)
-
-
 def _seeing_itself(mask_BTT):
     """A softmax over nothing is no number in a fused kernel, so padding sees itself; all others do."""
     return mask_BTT | jnp.eye(mask_BTT.shape[1], dtype=bool)[None]
@@ -106,12 +100,17 @@ def _seeing_itself(mask_BTT):
 def _cudnn(q_BTNH, k_BTKH, v_BTKH, mask_BTT, rows: Rows, scale):
     """Padding behind a text is seen by nothing of it, so a text alone needs no mask. One is added to the scores, half of which
     no mask shows."""
-    options = {"scale": scale, "is_causal": True, "implementation": "cudnn"}
+    options, masks = {"scale": scale, "is_causal": True, "implementation": "cudnn"}, ()
     if rows.texts == "alone":
         options |= {"local_window_size": (rows.window - 1, 0)} if rows.window else {}
     else:
-        options |= {"mask": _seeing_itself(mask_BTT)[:, None]}
-    return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, **options)
+        masks = (_seeing_itself(mask_BTT)[:, None],)
+
+    def part(q_BTNH, k_BTKH, v_BTKH, *masks):
+        return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=masks[0] if masks else None, **options)
+
+    heads = P(batch_axes(), None, "model")
+    return on_parts(part, (heads, heads, heads, *[P(batch_axes())] * len(masks)), heads)(q_BTNH, k_BTKH, v_BTKH, *masks)
 
 
 def _splash(q_BTNH, k_BTKH, v_BTKH, mask_BTT, rows: Rows, cap: float):
@@ -142,8 +141,8 @@ def _splash(q_BTNH, k_BTKH, v_BTKH, mask_BTT, rows: Rows, cap: float):
         one = masked if rows.texts == "trees" else packed
         return jax.vmap(one)(*(x.swapaxes(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH)), seen).swapaxes(1, 2)
 
-    seen, heads = _seeing_itself(mask_BTT) if rows.texts == "trees" else rows.ends_BT, P(BATCH, None, "model")
-    return _on_parts(part, (heads, heads, heads, P(BATCH)), heads)(q_BTNH, k_BTKH, v_BTKH, seen)
+    seen, heads = _seeing_itself(mask_BTT) if rows.texts == "trees" else rows.ends_BT, P(batch_axes(), None, "model")
+    return on_parts(part, (heads, heads, heads, P(batch_axes())), heads)(q_BTNH, k_BTKH, v_BTKH, seen)
 
 
 def _paged(q_B1NH, k_BKSH, v_BKSH, lengths_B, cap: float):
@@ -166,5 +165,5 @@ def _paged(q_B1NH, k_BKSH, v_BKSH, lengths_B, cap: float):
             )
         return out.reshape(q_B1NH.shape)
 
-    heads, slots = P(BATCH, None, "model"), P(BATCH, "model")
-    return _on_parts(part, (heads, slots, slots, P(BATCH)), heads)(q_B1NH, k_BKSH, v_BKSH, lengths_B)
+    heads, slots = P(batch_axes(), None, "model"), P(batch_axes(), "model")
+    return on_parts(part, (heads, slots, slots, P(batch_axes())), heads)(q_B1NH, k_BKSH, v_BKSH, lengths_B)

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from cai_jax.config import Lora
+from cai_jax.errors import InputError
 from cai_jax.models.transformer import Transformer, TransformerConfig, init_params
 from cai_jax.sharding import path_name
-from cai_jax.workdir import InputError
 
 LEAVES = ("lora_a", "lora_b")
 

@@ -9,11 +9,12 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
+from cai_jax.errors import InputError
 from cai_jax.models import families
 from cai_jax.models.hf import KINDS, SCORE, to_theirs
 from cai_jax.models.transformer import TransformerConfig
 from cai_jax.sharding import path_name
-from cai_jax.workdir import InputError, write_json
+from cai_jax.workdir import write_json
 
 PREFIX = "base_model.model."  # peft's wrappers around the model
 WEIGHTS = "adapter_model.safetensors"

@@ -65,7 +65,16 @@ class TransformerConfig:
     sliding_rope: Rope | None = None  # where it is another than the others'
     vocab_padding: int = 0  # rows of the embedding behind the vocabulary, for meshes that would not divide it
     attention: str = "auto"  # --config.model.attention
+    sequence: str = "whole"  # --config.model.sequence
     lora: Lora | None = None  # adapters beside the matrices of the layers; None, or of rank 0: none
+
+
+def between_layers(cfg: TransformerConfig, x_BTD):
+    """How hidden states lie where layers meet. With `sequence` split each device of the model axis has its part of the tokens
+    (2205.05198, section 4.2.2): first products gather them and last ones scatter them, which is as much as to sum them all."""
+    mesh = jax.sharding.get_abstract_mesh()
+    split = cfg.sequence == "split" and not mesh.empty and x_BTD.shape[1] % mesh.shape["model"] == 0
+    return constrain(x_BTD, "batch", "model" if split else None, None)
 
 
 class Attention(nn.Module):
@@ -142,7 +151,7 @@ class Block(nn.Module):
         x_BTD = x_BTD + norm("attention_out_norm", y, c.norm_outputs)
         y = norm("mlp_norm", start if c.parallel else x_BTD, c.norm_inputs)
         x_BTD = x_BTD + norm("mlp_out_norm", MLP(c, self.dtype, name="mlp")(y), c.norm_outputs)
-        return constrain(x_BTD, "batch", None, None), seen
+        return between_layers(c, x_BTD), seen
 
 
 class Embed(nn.Module):
@@ -212,7 +221,7 @@ class Transformer(nn.Module):
     def run(self, tokens_BT, positions_BT, mask_BTS, keys_BS, cache=None, ends_BT=None):
         """`keys_BS`: the positions of what is attended to, which sliding layers ask for. `ends`: see kernels.Rows."""
         c = self.cfg
-        x_BTD = constrain(self.embed(tokens_BT), "batch", None, None)
+        x_BTD = between_layers(c, self.embed(tokens_BT))
         masks, turns = (mask_BTS,), (rope_turns(c.rope, c.head_dim, positions_BT),)
         if any(c.sliding):
             masks += (mask_BTS & (positions_BT[:, :, None] - keys_BS[:, None, :] < c.window),)

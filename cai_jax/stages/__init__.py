@@ -20,12 +20,13 @@ from cai_jax import checkpoints, formats, prompts, records, sources, tokenizer
 from cai_jax import constitution as constitutions
 from cai_jax.config import Checkpoint, Config, as_dict
 from cai_jax.data import load_comparisons, load_prompts
+from cai_jax.errors import InputError, difference
 from cai_jax.models import LM, compute_dtype, hf, lora
 from cai_jax.models.heads import init_head
 from cai_jax.models.transformer import Transformer, TransformerConfig, cast_matrices, init_params
 from cai_jax.sharding import shard_init
 from cai_jax.train import abstract
-from cai_jax.workdir import InputError, difference, digest, outputs, read_json
+from cai_jax.workdir import digest, outputs, read_json
 
 # Name of a language model in results and configs -> the stage that makes it.
 MODELS = {"base": None, "sl_cai": "sft", "dpo_cai": "dpo", "rl_cai": "ppo"}
@@ -241,7 +242,7 @@ def _fitting(cfg: Config, name: str, tok) -> TransformerConfig:
 def architecture(cfg: Config, name: str) -> TransformerConfig:
     """The decoder of a model of the run, by the config.json of its checkpoint; its adapters are not in it."""
     arch = hf.padded(hf.read_config(checkpoint(cfg, name).path), cfg.model.vocab_multiple)
-    return replace(arch, attention=cfg.model.attention)
+    return replace(arch, attention=cfg.model.attention, sequence=cfg.model.sequence)
 
 
 def root(cfg: Config, name: str) -> str:

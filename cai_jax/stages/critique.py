@@ -11,10 +11,11 @@ from cai_jax import constitution as constitutions
 from cai_jax import prompts, records
 from cai_jax.config import Config
 from cai_jax.data import load_pool
+from cai_jax.errors import InputError
 from cai_jax.generate import Chain, Request, sample_chains
 from cai_jax.slots import ready
 from cai_jax.stages import inputs_of, load_constitution, load_lm
-from cai_jax.workdir import InputError, begin, digest, finish, write_text
+from cai_jax.workdir import begin, finish, write_text
 
 STAGE = "critique"
 
@@ -47,8 +48,8 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     finish(
         STAGE,
         workdir,
-        {f: digest(folder / f) for f in ("revisions.jsonl", "helpful.jsonl")},
         counts | {"helpful": len(asked), "prompts": {"redteam": redteam["pool"][1], "helpful": helpful["pool"][1]}},
+        ("revisions.jsonl", "helpful.jsonl"),
     )
     journal.remove()
     return True

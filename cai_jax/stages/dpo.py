@@ -17,7 +17,7 @@ from cai_jax.logprobs import target_logprobs
 from cai_jax.losses import dpo_loss, masked_mean
 from cai_jax.pairs import Pairs, batches, encode_comparisons
 from cai_jax.score import hidden_states
-from cai_jax.sharding import batch_ways, put_batch
+from cai_jax.sharding import batch_ways, put_batch, replicated
 from cai_jax.stages import inputs_of, load_constitution, load_start, stream
 from cai_jax.train import fit, init_state, make_train_step
 from cai_jax.workdir import begin, finish
@@ -45,7 +45,7 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     state = fit(STAGE, folder, state, start.frozen, step, batch_at, steps, key, c.checkpoint_every, mesh)
     checkpoints.save_model(folder, state.params)
     counts = drops.counts(len(ai) + given, len(pairs.trees)) | {"steps": steps}
-    finish(STAGE, workdir, {"model": checkpoints.fingerprint(state.params)}, counts)
+    finish(STAGE, workdir, counts, model=checkpoints.fingerprint(state.params))
     return True
 
 
@@ -63,7 +63,7 @@ def reference_logprobs(net, params, pairs: Pairs, batch_size: int, mesh) -> np.n
     """-> float32 [N, 2]."""
     batch_at, steps = batches(pairs, batch_size, 1, 0, "reference", batch_ways(mesh))
     out = np.zeros((len(pairs.trees), 2), np.float32)
-    score = jax.jit(partial(response_logprobs, net))
+    score = jax.jit(partial(response_logprobs, net), out_shardings=replicated(mesh))
     for t in range(steps):
         batch = batch_at(t)
         real = batch["row_mask"] > 0

@@ -10,12 +10,13 @@ from cai_jax import records
 from cai_jax.config import Config
 from cai_jax.constitution import load_few_shot
 from cai_jax.data import said
+from cai_jax.errors import InputError
 from cai_jax.evaluation import answers, evenly, judged, known, summary, verdict
 from cai_jax.progress import table
 from cai_jax.prompts import USER
 from cai_jax.slots import ready
 from cai_jax.stages import MODELS, READERS, inputs_of, load_constitution, load_lm
-from cai_jax.workdir import InputError, begin, digest, finish, write_json
+from cai_jax.workdir import begin, finish, write_json
 
 STAGE = "evaluate"
 SHOWN = ("harm_rate", "harm_score", "helpfulness", "over_refusal", "evasive", "explained", "coherent")
@@ -62,7 +63,7 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
         if revised and all(map(known, revised)):
             write_json(folder / "rounds.json", by_round(revised))
     counts = {"prompts": {k: len(v) for k, v in sets.items()}, "heldout": counts}
-    finish(STAGE, workdir, {"results.json": digest(folder / "results.json")}, counts)
+    finish(STAGE, workdir, counts, ("results.json",))
     journal.remove()
     show(results)
     return True

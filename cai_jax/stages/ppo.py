@@ -16,6 +16,7 @@ import numpy as np
 from cai_jax import checkpoints, losses, optim, prompts
 from cai_jax.config import Config, as_dict
 from cai_jax.data import bucket, load_pool, pad_rows
+from cai_jax.errors import InputError, Stopped
 from cai_jax.evaluation import Watch
 from cai_jax.experience import experience, layout, minibatch, packed, ppo_loss, scaled_head
 from cai_jax.metrics import Metrics
@@ -40,7 +41,7 @@ from cai_jax.stages import (
     trunk,
 )
 from cai_jax.train import TrainState, init_state, make_train_step, put_parts, resumed
-from cai_jax.workdir import InputError, Stopped, begin, finish, outputs, stopping
+from cai_jax.workdir import begin, finish, outputs, stopping
 
 STAGE, NAME = "ppo", "rl_cai"
 
@@ -86,7 +87,7 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     checkpoints.save_model(folder, state.train.params["policy"])
     counts = {"iterations": c.iterations, "rollouts": c.iterations * c.batch_size, "updates": int(state.train.step)}
     counts["prompts"] = pool.counted
-    finish(STAGE, workdir, {"model": checkpoints.fingerprint(state.train.params["policy"])}, counts)
+    finish(STAGE, workdir, counts, model=checkpoints.fingerprint(state.train.params["policy"]))
     return True
 
 
@@ -128,6 +129,7 @@ def iterate(cfg: Config, folder: Path, mesh, state: PPOState, step, frozen: Froz
             progress.update(t + 1, log.add(t, metrics, seconds))
             stop = stopping()
             if last or stop or (t + 1) % c.checkpoint_every == 0:
+                log.save()
                 saver.save(t + 1, state)
             if stop and not last:
                 saver.close()

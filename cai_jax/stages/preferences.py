@@ -12,12 +12,13 @@ from cai_jax import constitution as constitutions
 from cai_jax import prompts, records
 from cai_jax.config import Config
 from cai_jax.data import load_pool
+from cai_jax.errors import InputError
 from cai_jax.generate import Request, fits, sample_texts
 from cai_jax.losses import preference_from_logprobs
 from cai_jax.score import averaged_preference, option_logprobs
 from cai_jax.slots import ready
 from cai_jax.stages import OF_INIT, inputs_of, load_constitution, load_lm
-from cai_jax.workdir import InputError, begin, digest, finish
+from cai_jax.workdir import begin, finish
 
 STAGE = "preferences"
 OPTION_TOKENS = 8  # room for an option in any tokenizer
@@ -59,7 +60,7 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
         )
     records.write(folder / "comparisons.jsonl", judged)
     counts = drops.counts(len(todo), len(judged)) | label_statistics(judged) | {"prompts": {"redteam": counted}}
-    finish(STAGE, workdir, {"comparisons.jsonl": digest(folder / "comparisons.jsonl")}, counts)
+    finish(STAGE, workdir, counts, ("comparisons.jsonl",))
     journal.remove()
     return True
 

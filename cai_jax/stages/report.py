@@ -13,7 +13,7 @@ from cai_jax.config import Config, as_dict
 from cai_jax.constitution import Constitution
 from cai_jax.markup import DASH, Html, document, facts, fold, join, number, passage, picture, plain, side_by_side, table, tag
 from cai_jax.stages import OF_INIT, load_constitution
-from cai_jax.workdir import begin, digest, finish, outputs, read_json, write_text
+from cai_jax.workdir import begin, finish, outputs, read_json, write_bytes, write_text
 
 STAGE = "report"
 PER_CATEGORY = 2  # transcripts shown
@@ -65,10 +65,10 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     r = Run(cfg, workdir, constitution, {})
     write_text(folder / "index.html", page(r))
     for name, data in r.pngs.items():
-        (folder / f"{name}.png").write_bytes(data)
+        write_bytes(folder / f"{name}.png", data)
     if rows := [[m, *(number(of[key], top) for key, _, _, top, _ in METRICS)] for m, of in heldout(r.models).items()]:
         progress.table("held-out prompts, sampled answers", ["model", *TITLES], rows)
-    finish(STAGE, workdir, {"index.html": digest(folder / "index.html")}, {"figures": len(r.pngs)})
+    finish(STAGE, workdir, {"figures": len(r.pngs)}, ("index.html",))
     progress.say(f"report: {folder / 'index.html'}")
     return True
 

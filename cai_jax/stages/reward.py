@@ -19,7 +19,7 @@ from cai_jax.models import lora
 from cai_jax.models.heads import apply_head, init_head
 from cai_jax.pairs import Pairs, batches, encode_comparisons
 from cai_jax.score import hidden_states
-from cai_jax.sharding import batch_ways, put, put_batch
+from cai_jax.sharding import batch_ways, put, put_batch, replicated
 from cai_jax.stages import inputs_of, load_constitution, load_start, origin, stream
 from cai_jax.train import fit, init_state, make_train_step
 from cai_jax.workdir import begin, finish, write_json
@@ -54,7 +54,7 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     by_human, kept = int(pairs.columns["human"].sum()), len(held)
     counts = drops.counts(len(ai) + given, kept) | {"ai": kept - by_human, "human": by_human, "human_share": by_human / kept}
     counts |= {"heldout": int(held.sum()), "steps": steps}
-    finish(STAGE, workdir, {"model": checkpoints.fingerprint(state.params), "scale": report["scale"]}, counts)
+    finish(STAGE, workdir, counts, model=checkpoints.fingerprint(state.params), scale=report["scale"])
     return True
 
 
@@ -86,7 +86,7 @@ def evaluate(net, params, pairs: Pairs, held, batch_size: int, mesh) -> dict:
     """Held-out accuracy and calibration by source, and the scale of the scores over the responses of AI comparisons."""
     batch_at, steps = batches(pairs, batch_size, 1, 0, "evaluation", batch_ways(mesh))
     scores = np.zeros((len(held), 2))
-    score = jax.jit(partial(pair_scores, net))
+    score = jax.jit(partial(pair_scores, net), out_shardings=replicated(mesh))
     for t in range(steps):
         batch = batch_at(t)
         real = batch["row_mask"] > 0

@@ -59,5 +59,5 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     checkpoints.save_model(folder, state.params)
     counts = drops.counts(given, kept)
     counts |= {"rows": len(rows["tokens"]), "steps": steps, "target_tokens": int(rows["weights"].sum())}
-    finish(STAGE, workdir, {"model": checkpoints.fingerprint(state.params)}, counts)
+    finish(STAGE, workdir, counts, model=checkpoints.fingerprint(state.params))
     return True
