@@ -33,6 +33,7 @@ setup(
         "test": [
             "gcsfs>=2026.9.0",
             "pytest>=9.0",
+            "pytest-xdist>=3.8",
             "ruff>=0.15",
             "jax[tpu]>=0.10.2; sys_platform == 'linux' and platform_machine == 'x86_64'",  # what `cai compile` compiles with
             "peft>=0.21",  # tests only: adapters loaded and compared
