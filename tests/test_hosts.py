@@ -96,6 +96,7 @@ def test_two_processes_tell_and_hear(tmp_path):
     for mine in (a, b):
         assert mine["told"] and mine["heard"] == [0, 1] and mine["once"] == ["by", 0] and mine["same"] == ""
         assert mine["refused"] == "only the first one sees this"
+        assert mine["together"] == f"process 1 of 2 ({socket.gethostname()}): only the first one sees this"
         assert "process 1" in mine["agree"] and "rows.n: 0 -> 1" in mine["agree"] and "same" not in mine["agree"].split("\n")[1]
         assert mine["sum"] and mine["before"] == ["old"] and not mine["stop"]
     assert a["mine"] == [0, 4, 8, 12] and b["mine"] == [16, 20, 24, 28]  # each host puts its own rows
@@ -108,6 +109,22 @@ def test_one_process_is_the_simplest_case():
     assert hosts.first() and hosts.count() == 1 and hosts.told({"a": 1}) == {"a": 1} and hosts.heard(3) == [3]
     assert hosts.once(lambda x: x + 1, 2) == 3 and not hosts.asked_to_stop()
     assert hosts.check({"seed": 0}) == "1 process"
+
+
+def test_sigterm_reaches_a_run_that_was_told_that_it_is_alone():
+    """As SLURM or a TPU's metadata may say. JAX then hears the signal, and not one that came before it was asked to."""
+    code = f"""
+import os, signal, time
+from cai_jax import hosts, workdir
+workdir.stop_on_sigterm()
+os.kill(os.getpid(), signal.SIGTERM)
+hosts.join("127.0.0.1:{free_port()}", 1, 0)
+workdir.hand_over()
+while not workdir.stopping():
+    time.sleep(0.05)
+"""
+    [(code, _, err)] = end(start([["-c", code]]), 30)
+    assert code == 0, err
 
 
 @pytest.mark.parametrize(
@@ -202,10 +219,13 @@ def test_two_processes_in_a_bucket_of_which_one_is_killed_make_the_same_run(whol
     two[1].kill()
     found = end(two)
     assert found[0][0] not in (0, 2, 143), found  # it ends by itself, and a launcher starts it again
-    found = end(start(run_of(2, "--workdir=gs://bucket/runs/a", *SHORT), devices=4, **there))
+    again = ["-m", "cai_jax", "run", CONFIG, "--workdir=gs://bucket/runs/a", *SHORT]
+    environment = os.environ | bucket.environment(server.server_port) | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    command = ["bash", ROOT / "launch" / "local_processes.sh", "2", "--devices=4", "--", sys.executable, *again]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     server.shutdown()
     server.server_close()
-    assert [code for code, *_ in found] == [0, 0], found
+    assert done.returncode == 0, done.stderr
     for name, (data, _) in server.files.items():
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ ROWS = [{"id": "a", "prompt": "Why?", "kind": "x"}, {"id": "b", "prompt": 'How, 
 
 def write(path, rows, form):
     text = json.dumps(rows) if form == "array" else "".join(json.dumps(r) + "\n" for r in rows)
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    path.write_bytes(gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode())
     return str(path)
 
 
@@ -105,7 +105,7 @@ def test_a_transcript_gives_its_first_message(tmp_path):
     "name, data",
     [
         ("a.jsonl.gz", b"not gzip"),
-        ("a.jsonl.gz", gzip.compress(b'{"id": "a"}\n' * 500)[:-20]),
+        ("a.jsonl.gz", gzip.compress(b'{"id": "a"}\n' * 500, mtime=0)[:-20]),
         ("a.json", b'[{"id": "a"}, {"id"'),
         ("a.json", b"[1, 2]"),
         ("a.csv", b'prompt\n"never ends'),

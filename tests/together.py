@@ -32,6 +32,7 @@ def main(port: str, n: int, me: int, folder: Path) -> dict:
     found["heard"] = [x["me"] for x in hosts.heard({"me": me, "text": large[: 10_000 * me]})]
     found["once"] = hosts.once(lambda: ["by", me])
     found["refused"] = refused(hosts.once, fail)
+    found["together"] = refused(hosts.together, lambda: fail() if me else None)
     found["agree"] = refused(hosts.agree, "a table", {"same": 1, "rows": {"n": me}})
     found["same"] = refused(hosts.agree, "a table", {"same": (1, 2)})
     with jax.set_mesh(mesh := make_mesh((2, -1, 1))):

@@ -58,7 +58,7 @@ def config(model: str, chips: int):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     cfg = module.get_config()
-    cfg.stages = ("critique", "sft", "ppo")
+    cfg.stages = ("critique", "sft", "preferences", "reward", "ppo")
     cfg.mesh = mesh_of(model, chips)
     cfg.model.path = f"configs/shapes/{model}"
     cfg.preferences.judge.update(path="", format="plain")
