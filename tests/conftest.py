@@ -3,6 +3,7 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["COLUMNS"] = "120"  # of a terminal that is not there; a test's worker may have said less
 # Unoptimised code compiles twice as fast and tests are mostly compiling; the runs of test_run.py are optimised as usual.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 

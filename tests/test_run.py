@@ -19,7 +19,7 @@ from cai_jax.checks import resolve
 from cai_jax.config import default
 
 ROOT = kills.ROOT
-LOOKING = {"_serving", "new", "grow", "first_row", "minibatch", "_checksums", "init", "init_fn"}  # programs without a step
+LOOKING = {"serving", "new", "grow", "first_row", "minibatch", "_checksums", "init", "init_fn"}  # programs without a step
 
 
 def cai(*arguments, command="run", devices=1, flags="", timeout=600):

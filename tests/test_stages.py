@@ -50,7 +50,7 @@ def logits(lm):
 
 def save(workdir, stage, params, mesh):
     checkpoints.save_model(workdir / stage, put(params, mesh))
-    finish(stage, workdir, {"scale": {"mean": 0.0, "std": 1.0}}, {})
+    finish(stage, workdir, {}, scale={"mean": 0.0, "std": 1.0})
 
 
 def test_the_table_of_origins():
@@ -205,7 +205,7 @@ def several(tmp_path_factory):
     records.write(workdir / "critique" / "helpful.jsonl", [revision | {"finished": True}])
     records.write(workdir / "preferences" / "comparisons.jsonl", [pair])
     for stage in ("critique", "sft", "preferences", "reward"):
-        finish(stage, workdir, {"scale": {"mean": 0.0, "std": 1.0}}, {})
+        finish(stage, workdir, {}, scale={"mean": 0.0, "std": 1.0})
     return cfg, workdir
 
 
@@ -304,7 +304,7 @@ def test_a_stage_that_no_longer_adapts_leaves_the_others_alone(folder, tmp_path)
 def inputs(cfg, stage, workdir):
     """What `stage` records before it begins."""
     for earlier in BASE_INPUTS:
-        finish(earlier, workdir, {"scale": {}}, {})
+        finish(earlier, workdir, {}, scale={})
     module, found = importlib.import_module(f"cai_jax.stages.{stage}"), []
 
     def begin(stage, workdir, inputs):

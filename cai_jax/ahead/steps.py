@@ -228,9 +228,9 @@ def ppo(cfg: Config, mesh) -> list[Step]:
     rolled = work.cached(B, width, width + R).plus(work.cached(B, 1, width + R).head(B), R)
 
     rows, long = [np.ones(n + R, np.int32)] * B, np.full(B, n, np.int32)
-    to = layout(B // c.minibatches, width + R, ways)
-    texts, at = packed(rows, long, range(B), to, R)
-    few, _ = packed(rows, long, range(B // c.minibatches), to, R)
+    all_to, few_to = (layout(n, width + R, ways) for n in (B, B // c.minibatches))
+    texts, at = packed(rows, long, range(B), all_to, R)
+    few, _ = packed(rows, long, range(B // c.minibatches), few_to, R)
     said = {"tokens": np.zeros((B, bucket(n + 2 * R)), np.int32), "lengths": long}
     read_again = batch(said, mesh) if own else None
     wrote = Sampled(
@@ -242,30 +242,20 @@ def ppo(cfg: Config, mesh) -> list[Step]:
 
     rollout = dict.fromkeys(("old_logp", "old_values", "advantages", "returns"), np.zeros((B, R), np.float32))
     few = Parts(jax.eval_shape(minibatch, rollout, few).arrays, few.count)
-    shape = to.rows, to.length, kind()
-    blocks, places = counted(net, mesh, to.rows, to.length, R / (n + R))
     N, N_few = (x.arrays["tokens"].shape[1] for x in (texts, few))
+    (blocks, places), (few_blocks, few_places) = (counted(net, mesh, x.rows, x.length, R / (n + R)) for x in (all_to, few_to))
+    shape, few_shape = ((x.rows, x.length, kind()) for x in (all_to, few_to))
     forward = work.texts(*shape).head(places)
     scored = forward.plus(forward).plus(work.texts(*shape), separate + (not own))
     apart = Work(nets[2]).texts(*said["tokens"].shape, "alone") if own else work
-    learn = work.training(*shape).head(places, trained=True).plus(work.training(*shape), int(separate))
-    sizes = f"of {to.rows:,} rows of {to.length:,} tokens"
-    loops = {"counted": blocks}
+    learn = work.training(*few_shape).head(few_places, trained=True).plus(work.training(*few_shape), int(separate))
+    sizes, few_sizes = (f"parts of {x.rows:,} rows of {x.length:,} tokens" for x in (all_to, few_to))
+    loops, few_loops = {"counted": blocks, "parts": N}, {"counted": few_blocks, "parts": N_few}
+    learned, loss = work.plus(learn, N_few), ppo_loss(net, c)
     return [
         Step("ppo", "roll out", f"{B:,} prompts of {width}, {R} tokens each", roll, rolled, {"decoding": R}),
-        Step("ppo", "score", f"{N} parts {sizes}", score_all, work.plus(scored, N).plus(apart), loops | {"parts": N}),
-        train(
-            cfg,
-            mesh,
-            "ppo",
-            m,
-            ppo_loss(net, c),
-            1,
-            few,
-            f"{N_few} parts {sizes}",
-            work.plus(learn, N_few),
-            loops | {"parts": N_few},
-        ),
+        Step("ppo", "score", f"{N} {sizes}", score_all, work.plus(scored, N).plus(apart), loops),
+        train(cfg, mesh, "ppo", m, loss, 1, few, f"{N_few} {few_sizes}", learned, few_loops),
     ]
 
 

@@ -107,7 +107,7 @@ def _cudnn(q_BTNH, k_BTKH, v_BTKH, mask_BTT, rows: Rows, scale):
         masks = (_seeing_itself(mask_BTT)[:, None],)
 
     def part(q_BTNH, k_BTKH, v_BTKH, *masks):
-        return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=masks[0] if masks else None, **options)
+        return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, **options, **dict(zip(["mask"], masks, strict=False)))
 
     heads = P(batch_axes(), None, "model")
     return on_parts(part, (heads, heads, heads, *[P(batch_axes())] * len(masks)), heads)(q_BTNH, k_BTKH, v_BTKH, *masks)

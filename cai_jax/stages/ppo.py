@@ -200,16 +200,15 @@ def iteration(cfg: Config, mesh, state: PPOState, step, frozen: Frozen, pool, ke
 
 
 def packer(c, arrays: dict, out, mesh):
-    """-> f(index): those rollouts in parts on the mesh, and where things lie in them (see experience.packed). Parts are
-    made for minibatches of the longest texts there could be."""
+    """-> f(index): those rollouts in parts on the mesh, and where things lie in them (see experience.packed). The size of parts
+    goes by their number and by the longest texts there could be."""
     P, R = arrays["tokens"].shape[1], c.sampling.max_tokens
     said, lengths_B = jax.device_get((out.tokens_BR, out.lengths_B))
     both = zip(arrays["tokens"], arrays["lengths"], said, lengths_B, strict=True)
     rows = [np.concatenate([prompt[:n], response[:m]]) for prompt, n, response, m in both]
-    to = layout(c.batch_size // c.minibatches, P + R, batch_ways(mesh))
 
     def pack(index):
-        texts, at = packed(rows, arrays["lengths"], index, to, R)
+        texts, at = packed(rows, arrays["lengths"], index, layout(len(index), P + R, batch_ways(mesh)), R)
         return put_parts(texts, mesh), at
 
     return pack
