@@ -49,7 +49,7 @@ SMALL = (  # a run of every stage in about a minute
 )
 
 
-TOLERANCE = 1e-3  # of a number's size, or of an array's largest, after a run of SMALL
+TOLERANCE = 1e-4  # of a number's size, or of an array's largest, after a run of SMALL; 2e-5 were seen
 ENDS = 120  # seconds in which the others must see that a process is gone
 
 
