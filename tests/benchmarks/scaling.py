@@ -6,7 +6,7 @@
     --write                      the tables into docs/scaling.md
 
 The work of a chip is the same everywhere: a row of 2,048 tokens in a supervised step, 8 rollouts of up to 384 + 256 tokens in
-four PPO updates, 4 slots in decoding. What a step sends is held against `sent`, a formula.
+four PPO updates, 4 slots in decoding.
 """
 
 import argparse
@@ -144,7 +144,7 @@ def main() -> None:
     text = report(rows, args.models)
     print(text)
     if args.write:
-        DOC.write_text(table.replace_section(DOC.read_text(), "tables", text))
+        DOC.write_text(table.replace_section(DOC.read_text() if DOC.exists() else "# Scaling", "tables", text))
 
 
 if __name__ == "__main__":
