@@ -14,8 +14,11 @@ sys.path.insert(0, str(HERE))
 
 import model  # noqa: E402
 import run  # noqa: E402
+import scaling  # noqa: E402
 import table  # noqa: E402
 import work  # noqa: E402
+
+from cai_jax.checks import check_batches, resolve  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -146,3 +149,30 @@ def test_the_model_is_one_that_we_read(tmp_path):
     model.write(tmp_path, shape)
     cfg = hf.read_config(str(tmp_path))
     assert (cfg.vocab_size, cfg.width, cfg.num_layers, cfg.tied_embeddings) == (shape.vocab, shape.width, shape.layers, False)
+
+
+@pytest.mark.parametrize("model", scaling.SPLIT)
+def test_what_is_compiled_for_pods_fits_their_meshes_and_is_as_much_for_every_chip(model):
+    for place in map(scaling.Place.of, scaling.TOPOLOGIES):
+        cfg = resolve(scaling.config(model, place.chips()))
+        data, fsdp, parts = cfg.mesh
+        assert data * fsdp * parts == place.chips() and data % place.slices == 0
+        check_batches(cfg, data * fsdp)
+        assert (cfg.sft.rows, cfg.ppo.batch_size, cfg.critique.sampling.batch_size) == tuple(
+            n * place.chips() for n in (1, 8, 4)
+        )
+    assert scaling.Place.of("2 x v5e:16x16") == ("v5e:16x16", 2) and str(scaling.Place("v5e:16x16", 2)) == "2 x v5e:16x16"
+
+
+def test_a_row_of_pods_says_what_does_not_fit():
+    row = {"model": "Llama-3.2-1B", "place": "v5e:2x4", "mesh": [1, 8, 1], "stage": "sft", "step": "train", "hbm": 2**34}
+    sent = [
+        {"kind": "all-gather", "between_slices": False, "bytes": 2e9},
+        {"kind": "all-reduce", "between_slices": True, "bytes": 1e9},
+    ]
+    seconds = {"links": 0.02, "network": 0.01, "step": 0.1}
+    whole = row | {"fits": True, "memory": {"needs": 2**33}, "flops": 3e12, "collectives": sent, "seconds": seconds}
+    assert scaling.cells(whole) == ["v5e:2x4", "SFT", "1x8x1", "8.0 (50%)", "3", "3", "1", "100", "30%"]
+    assert scaling.cells(row | {"fits": False, "memory": {"needs": 2**35}})[3:5] == ["**32.0 (200%)**", "-"]
+    assert scaling.cells(row | {"fits": False, "error": "no"})[3] == "refused"
+    assert "v5e:2x4" in scaling.report([whole], ["Llama-3.2-1B"])
