@@ -16,7 +16,7 @@ import numpy as np
 
 from cai_jax.models.attention import soft_cap
 from cai_jax.models.transformer import Transformer
-from cai_jax.sharding import P, batch_axes, batch_ways, on_parts
+from cai_jax.sharding import P, batch_ways, on_parts
 
 BLOCK = 2**22  # logits that a device holds at a time: 16 MB in float32, in products that keep a large GPU busy; or less:
 BLOCK_OF_WIDTH = 2**12  # so many for each of the width. Where the products are small, logits should stay in cache
@@ -67,7 +67,7 @@ def _on_mesh(local, net, matrix, temperature, counts_BT, *rows_BT):
     if mesh.empty or mesh.size == 1:
         return run(((), (), ()), matrix, temperature, counts_BT, *rows_BT)
     even = len(rows_BT[0]) % batch_ways(mesh) == 0
-    data, fsdp, model = axes = ("data",) * (even and "data" in batch_axes()), ("fsdp",) * even, ("model",)
+    data, fsdp, model = axes = ("data",) * even, ("fsdp",) * even, ("model",)
     rows, table = P(data + fsdp), P(model, fsdp) if net.cfg.tied_embeddings else P(fsdp, model)
     specs = (table, P(), *[rows] * (1 + len(rows_BT))), (table, rows) if local is _backward else rows
     return on_parts(partial(run, axes), *specs)(matrix, temperature, counts_BT, *rows_BT)

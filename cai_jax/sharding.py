@@ -4,7 +4,6 @@ The mesh is always ("data", "fsdp", "model"): the batch is split over the first 
 """
 
 import re
-from math import prod
 
 import jax
 import jax.numpy as jnp
@@ -146,39 +145,9 @@ def replicated(mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def batch_axes() -> tuple[str, ...]:
-    """The axes of the mesh in scope that rows are split along: those of BATCH, but for what `each_data` has taken."""
-    return tuple(axis for axis in BATCH if axis not in jax.sharding.get_abstract_mesh().manual_axes)
-
-
 def batch_ways(mesh) -> int:
     """How many parts the batch is split in."""
-    return prod(mesh.shape[axis] for axis in BATCH if axis not in getattr(mesh, "manual_axes", ()))
-
-
-def each_data(f, specs, *args):
-    """f(*args), a tree of sums, by every part of the data axis alone, whose results are added. `specs`: P("data") of what is
-    split along it, P() of what is the same for all.
-
-    What f adds up along fsdp is then added there first and split, and only parts go along data, which between slices of TPUs is
-    a slow network. Left to itself XLA adds whole arrays over all devices.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["data"] == 1:
-        return f(*args)
-
-    def part(*args):
-        return jax.tree.map(lambda x: jax.lax.psum(x, "data"), f(*args))
-
-    return jax.shard_map(part, in_specs=specs, out_specs=P(), axis_names={"data"}, check_vma=False)(*args)
-
-
-def as_parameters(tree):
-    """Arrays that have the paths of parameters, such as gradients, laid out as those are. Without a mesh in scope: `tree`."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return tree
-    lay = lambda path, x: jax.lax.with_sharding_constraint(x, spec_of(path_name(path), x.shape))  # noqa: E731
-    return jax.tree_util.tree_map_with_path(lay, tree)
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def put_batch(batch, mesh):
@@ -193,7 +162,7 @@ def by_part(f):
     """`f` on each part of the batch axes alone; it takes and gives arrays split along them. Without a mesh in scope: `f`."""
     if jax.sharding.get_abstract_mesh().empty:
         return f
-    return jax.shard_map(f, in_specs=P(batch_axes()), out_specs=P(batch_axes()), axis_names=set(batch_axes()))
+    return jax.shard_map(f, in_specs=P(BATCH), out_specs=P(BATCH), axis_names=set(BATCH))
 
 
 def look_up(table_VD, index_BT):
@@ -218,7 +187,7 @@ def look_up(table_VD, index_BT):
             x = jax.lax.all_gather(x, "fsdp", axis=x.ndim - 1, tiled=True)
         return jax.lax.psum(x, "model")
 
-    rows = P(batch_axes()) if even else P()
+    rows = P(BATCH) if even else P()
     return on_parts(part, (P("model", "fsdp"), rows), rows)(table_VD, index_BT)
 
 
@@ -227,8 +196,7 @@ def on_parts(f, specs, out):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return f
-    free = set(mesh.axis_names) - set(mesh.manual_axes)
-    return jax.shard_map(f, in_specs=specs, out_specs=out, axis_names=free, check_vma=False)
+    return jax.shard_map(f, in_specs=specs, out_specs=out, check_vma=False)
 
 
 def everywhere(x):
@@ -240,4 +208,4 @@ def constrain(x, *axes):
     """`x` with its axes laid out as named: "batch", "model" or None each. Without a mesh in scope it is `x`."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, P(*(batch_axes() if a == "batch" else a for a in axes)))
+    return jax.lax.with_sharding_constraint(x, P(*(BATCH if a == "batch" else a for a in axes)))

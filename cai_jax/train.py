@@ -16,7 +16,7 @@ from cai_jax.metrics import Metrics
 from cai_jax.models import lora
 from cai_jax.progress import Progress
 from cai_jax.score import hidden_states
-from cai_jax.sharding import P, as_parameters, batch_axes, each_data, put_batch, shard_init, shardings
+from cai_jax.sharding import BATCH, P, put_batch, shard_init, shardings
 from cai_jax.workdir import stopping
 
 
@@ -87,37 +87,31 @@ def make_train_step(loss_fn: Callable, tx: optax.GradientTransformation, mesh, m
             return loss_fn(lora.join(frozen, trained), batch, key)
 
         (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
-        return as_parameters(optim.wide(grads)), {"loss": loss, **metrics}
+        return optim.wide(grads), {"loss": loss, **metrics}
 
-    def weighted(params, frozen, rows, key):
-        """-> gradients and metrics times the weight, and the weight."""
-        rows = jax.lax.with_sharding_constraint(rows, P(batch_axes()))
-        grads, metrics = gradient(params, frozen, rows, key)
-        weight = metrics.pop("weight")
-        return *jax.tree.map(lambda x: x * weight, (grads, metrics)), weight
-
-    def accumulated(params, frozen, parts: Parts, key):
-        """-> the sums of that over all parts."""
-
+    def accumulate(params, frozen, parts: Parts, key):
         def one(i, total):
-            return jax.tree.map(jnp.add, total, weighted(params, frozen, parts.part(i), jax.random.fold_in(key, i)))
+            rows = jax.lax.with_sharding_constraint(parts.part(i), P(BATCH))
+            grads, metrics = gradient(params, frozen, rows, jax.random.fold_in(key, i))
+            weight = metrics.pop("weight")
+            weighted = jax.tree.map(lambda x: x * weight, (grads, metrics))
+            return jax.tree.map(jnp.add, total, (*weighted, weight))
 
-        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(weighted, params, frozen, parts.part(0), key))
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, params, frozen, parts.part(0), key))
+        start = (zeros[0], {k: v for k, v in zeros[1].items() if k != "weight"}, zeros[1]["weight"])
         with jax.named_scope("parts"):
-            return jax.lax.fori_loop(0, parts.count, one, zeros)
+            grads, metrics, weight = jax.lax.fori_loop(0, parts.count, one, start)
+        grads, metrics = jax.tree.map(lambda x: x / jnp.maximum(weight, 1.0), (grads, metrics))
+        return grads, metrics | {"weight": weight}
 
     def step(state: TrainState, frozen, batch, key):
         key = jax.random.fold_in(key, state.step)
         if not isinstance(batch, Parts):  # every device keeps its rows
             batch = Parts(jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]), batch), microbatches)
-        whole = jax.tree.leaves(batch.arrays)[0].shape[1] == 1
-        if whole and mesh.shape["data"] == 1:
+        if jax.tree.leaves(batch.arrays)[0].shape[1] == 1:
             grads, metrics = gradient(state.params, frozen, batch.part(0), key)
         else:
-            sums, rows, split = (weighted, batch.part(0), P("data")) if whole else (accumulated, batch, Parts(P("data"), P()))
-            grads, metrics, weight = each_data(sums, (P(), P(), split, P()), state.params, frozen, rows, key)
-            grads, metrics = jax.tree.map(lambda x: x / jnp.maximum(weight, 1.0), (grads, metrics))
-            metrics |= {"weight": weight}
+            grads, metrics = accumulate(state.params, frozen, batch, key)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optim.apply(state.params, updates, key)
         metrics = metrics | {"gradient_norm": optax.tree.norm(grads)}

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from cai_jax.models.attention import attend
-from cai_jax.sharding import P, batch_axes, batch_ways, on_parts
+from cai_jax.sharding import BATCH, P, batch_ways, on_parts
 
 BLOCKS = (512, 256, 128)  # tokens that a TPU kernel takes at once: the first that divides a row
 LANES = 128  # of a TPU's registers
@@ -109,8 +109,8 @@ def _cudnn(q_BTNH, k_BTKH, v_BTKH, mask_BTT, rows: Rows, scale):
     def part(q_BTNH, k_BTKH, v_BTKH, *masks):
         return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, **options, **dict(zip(["mask"], masks, strict=False)))
 
-    heads = P(batch_axes(), None, "model")
-    return on_parts(part, (heads, heads, heads, *[P(batch_axes())] * len(masks)), heads)(q_BTNH, k_BTKH, v_BTKH, *masks)
+    heads = P(BATCH, None, "model")
+    return on_parts(part, (heads, heads, heads, *[P(BATCH)] * len(masks)), heads)(q_BTNH, k_BTKH, v_BTKH, *masks)
 
 
 def _splash(q_BTNH, k_BTKH, v_BTKH, mask_BTT, rows: Rows, cap: float):
@@ -141,8 +141,8 @@ def _splash(q_BTNH, k_BTKH, v_BTKH, mask_BTT, rows: Rows, cap: float):
         one = masked if rows.texts == "trees" else packed
         return jax.vmap(one)(*(x.swapaxes(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH)), seen).swapaxes(1, 2)
 
-    seen, heads = _seeing_itself(mask_BTT) if rows.texts == "trees" else rows.ends_BT, P(batch_axes(), None, "model")
-    return on_parts(part, (heads, heads, heads, P(batch_axes())), heads)(q_BTNH, k_BTKH, v_BTKH, seen)
+    seen, heads = _seeing_itself(mask_BTT) if rows.texts == "trees" else rows.ends_BT, P(BATCH, None, "model")
+    return on_parts(part, (heads, heads, heads, P(BATCH)), heads)(q_BTNH, k_BTKH, v_BTKH, seen)
 
 
 def _paged(q_B1NH, k_BKSH, v_BKSH, lengths_B, cap: float):
@@ -165,5 +165,5 @@ def _paged(q_B1NH, k_BKSH, v_BKSH, lengths_B, cap: float):
             )
         return out.reshape(q_B1NH.shape)
 
-    heads, slots = P(batch_axes(), None, "model"), P(batch_axes(), "model")
-    return on_parts(part, (heads, slots, slots, P(batch_axes())), heads)(q_B1NH, k_BKSH, v_BKSH, lengths_B)
+    heads, slots = P(BATCH, None, "model"), P(BATCH, "model")
+    return on_parts(part, (heads, slots, slots, P(BATCH)), heads)(q_B1NH, k_BKSH, v_BKSH, lengths_B)
