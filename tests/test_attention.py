@@ -257,6 +257,25 @@ def test_lesson_25_cudnn_is_asked_for_the_reference(texts, window, monkeypatch):
     assert jnp.max(jnp.abs(wanted)) > 1
 
 
+@pytest.mark.parametrize("texts", ["alone", "packed"])
+def test_cudnn_gets_the_rows_and_heads_of_a_device(texts, mesh8, monkeypatch):
+    rows = Rows(texts, jnp.asarray(np.resize(ROWS[texts], (4, 384)), jnp.int32), 0)
+    given = normal(4, 384, 4, 8, dtype=BF16), normal(4, 384, 2, 8, dtype=BF16), normal(4, 384, 2, 8, dtype=BF16, seed=1)
+    asked, plain = [], jax.nn.dot_product_attention
+
+    def here(q, k, v, *, implementation, **options):
+        asked.append((q.shape, k.shape))
+        with jax.numpy_dtype_promotion("standard"):
+            return plain(q, k, v, **options, implementation="xla")
+
+    wanted = jax.jit(partial(attended, replace(tiny.CFG, attention="xla"), rows))(*given).astype(F32)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", here)
+    with jax.set_mesh(mesh8):
+        found = jax.jit(partial(attended, replace(tiny.CFG, attention="cudnn"), rows))(*given).astype(F32)
+    assert asked == [((1, 384, 2, 8), (1, 384, 1, 8))]
+    assert jnp.max(jnp.abs(found - wanted)) < 2**-7 * jnp.max(jnp.abs(given[2].astype(F32)))
+
+
 @pytest.mark.parametrize("texts, window, call", [("alone", 50, "fmhaSoftmax"), ("trees", 0, "fmhaScaleBiasSoftmax")])
 def test_cudnn_is_called_forward_and_backward(texts, window, call, monkeypatch):
     """Lowered for a GPU, which takes none."""

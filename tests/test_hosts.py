@@ -127,6 +127,19 @@ while not workdir.stopping():
     assert code == 0, err
 
 
+def test_a_process_that_hangs_ends_with_its_stack():
+    code = f"""
+import time
+from cai_jax import hosts
+hosts.join("127.0.0.1:{free_port()}", 1, 0)
+hosts.patience = 1
+hosts.asked_to_stop()
+time.sleep(60)
+"""
+    [(code, _, err)] = end(start([["-c", code]]), 30)
+    assert code not in (0, 2, 143) and "Timeout" in err and "line 7" in err
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
