@@ -7,7 +7,8 @@
 #   bash launch/tpu_vm.sh stop   NAME --zone=ZONE                       saves; `run` goes on from there
 #   bash launch/tpu_vm.sh fetch  NAME --zone=ZONE WORKDIR [INTO]        WORKDIR as the command had it; into runs/
 #   bash launch/tpu_vm.sh delete NAME --zone=ZONE [--queued]
-# All take --project=PROJECT, and --dry-run, which shows every command of gcloud and runs none.
+# All take --project=PROJECT, and --dry-run, which shows every command of gcloud and runs none. A run on several TPUs, which
+# send to each other through the network, wants --slices=N in every command; Google's queue is the only way to several.
 # `create` waits until NAME is ready, and uses it if it is there: --spot is cheaper and may be taken away, --queued waits in
 # Google's queue. `run` copies the commit that is checked out to all workers, installs it there and starts the command on all,
 # under launch/restarts.sh and without this machine, which may be switched off. The command runs in the repository.
@@ -33,7 +34,7 @@ esac
 [[ -n "$name" && "$name" != -* ]] || die "$action wants the name of a TPU VM behind it: bash launch/tpu_vm.sh $action NAME ..."
 shift 2
 
-zone="" project="" type="" version="" worker="" restarts=20 spot="" queued="" dry="" words=() command=()
+zone="" project="" type="" version="" worker="" restarts=20 slices=1 spot="" queued="" dry="" words=() command=()
 while [[ $# -gt 0 ]]; do
   case "$1" in
     --zone=*) zone="${1#*=}" ;;
@@ -42,6 +43,7 @@ while [[ $# -gt 0 ]]; do
     --version=*) version="${1#*=}" ;;
     --worker=*) worker="${1#*=}" ;;
     --restarts=*) restarts="${1#*=}" ;;
+    --slices=*) slices="${1#*=}" ;;
     --spot) spot=--spot ;;
     --queued) queued=--queued ;;
     --dry-run) dry=yes ;;
@@ -52,8 +54,14 @@ while [[ $# -gt 0 ]]; do
   shift
 done
 [[ -n "$zone" ]] || die "--zone=ZONE is missing, for example --zone=us-west4-a"
+[[ "$slices" =~ ^[1-9][0-9]*$ ]] || die "--slices=$slices: wanted a whole number above 0"
+[[ "$worker" =~ ^(all|[0-9]*)$ ]] || die "--worker=$worker: wanted a number from 0, or all"
 where=("--zone=$zone" ${project:+"--project=$project"})
 again="$name --zone=$zone${project:+ --project=$project}"  # the beginning of the next command
+kind=tpu-vm node=("--node-id=$name")
+if [[ "$slices" != 1 ]]; then
+  again+=" --slices=$slices" kind=queued-resources queued=--queued node=("--node-count=$slices")
+fi
 said="$(mktemp)"  # what gcloud complained about
 trap 'rm -f "$said"' EXIT
 
@@ -62,8 +70,13 @@ call() {  # COMMAND ...: shows it as a shell would take it, and runs it
   [[ -n "$dry" ]] || "$@"
 }
 
+at() {  # WORKER: the flags for a worker, of the first slice where there are several, or for all of them
+  echo "--worker=$1"
+  [[ "$slices" == 1 ]] || { [[ "$1" == all ]] && echo --node=all || echo --node=0; }
+}
+
 on() {  # WORKER COMMAND: a command line for the shell (bash) of a worker, or of all of them
-  call gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" "--worker=$1" "--command=$2"
+  call gcloud compute tpus "$kind" ssh "$name" "${where[@]}" $(at "$1") "--command=$2"
 }
 
 state() {  # KIND FIELD: prints the state of NAME, nothing when there is none
@@ -99,7 +112,7 @@ create() {
   local now
   if [[ -n "$queued" ]]; then
     now="$(state queued-resources state.state)"
-    [[ -n "$now" ]] || ask gcloud compute tpus queued-resources create "$name" "--node-id=$name" "${where[@]}" \
+    [[ -n "$now" ]] || ask gcloud compute tpus queued-resources create "$name" "${node[@]}" "${where[@]}" \
       "--accelerator-type=$type" "--runtime-version=$version" $spot
     while true; do
       now="$(state queued-resources state.state)"
@@ -158,7 +171,7 @@ run() {
   [[ "$code" == 0 ]] || exit "$code"
   archive="$(git rev-parse --git-path cai_jax.tar.gz)"
   call git archive --format=tar.gz "--output=$archive" HEAD
-  call gcloud compute tpus tpu-vm scp "$archive" "$name:cai_jax.tar.gz" "${where[@]}" --worker=all
+  call gcloud compute tpus "$kind" scp "$archive" "$name:cai_jax.tar.gz" "${where[@]}" $(at all)
   on all "$INSTALL"
   on all "$START$(printf '%q ' "$restarts" "${command[@]}")$STARTED"
   [[ -n "$dry" ]] || say "commit $commit runs on all workers of $name: bash launch/tpu_vm.sh logs $again"
@@ -186,7 +199,7 @@ fetch() {
     *)
       [[ "$from" == /* ]] || from="cai_jax/$from"  # relative to where the command ran
       call mkdir -p "$into"
-      call gcloud compute tpus tpu-vm scp --recurse "$name:$from" "$into" "${where[@]}" --worker=0
+      call gcloud compute tpus "$kind" scp --recurse "$name:$from" "$into" "${where[@]}" $(at 0)
       ;;
   esac
 }

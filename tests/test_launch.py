@@ -197,6 +197,8 @@ def test_a_refusal_for_quota_says_what_to_change(place, message, code):
         ("run pod --zone=z", "behind --"),
         ("run pod --zone=z --restarts=x -- cai", "--restarts=x"),
         ("logs pod --zone=z --workers=all", "--workers=all"),
+        ("logs pod --zone=z --worker=0,1", "--worker=0,1"),
+        ("logs pod --zone=z --slices=0", "--slices=0"),
         ("fetch pod --zone=z", "workdir"),
     ],
 )
@@ -224,6 +226,25 @@ def test_the_smaller_commands(place):
     assert both("fetch", "pod", "--zone=z", "gs://b/runs/a", "--project=p") == [[*sync, "--project=p"]]
     assert both("delete", "pod", "--zone=z") == [[*VM, "delete", "pod", "--zone=z"]]
     assert both("delete", "pod", "--zone=z", "--queued") == [[*QUEUE, "delete", "pod", "--zone=z", "--force"]]
+
+
+def test_several_slices_are_a_request_of_the_queue_and_go_by_its_name(place):
+    pod, all_of_it = ["pod", "--zone=z", "--slices=2"], ["--worker=all", "--node=all"]
+    done, calls = place.tpu("create", *pod, "--type=v5p-8", answers=[["describe", NONE, [0, "ACTIVE", ""]]])
+    asked = [*QUEUE, "create", "pod", "--node-count=2", "--zone=z", "--accelerator-type=v5p-8"]
+    asked += ["--runtime-version=v2-alpha-tpuv5"]
+    assert done.returncode == 0 and calls[1] == asked and "run pod --zone=z --slices=2 -- cai" in done.stderr
+    done, calls = place.tpu("run", *pod, "--", "cai", "run", "a b")
+    sent = [c for c in calls if c[0] == "gcloud"]
+    assert done.returncode == 0 and [c[4] for c in sent] == ["ssh", "scp", "ssh", "ssh"]
+    assert all(c[:4] == QUEUE and "pod" in c[5] + c[6] and set(all_of_it) <= set(c) for c in sent)
+    assert "logs pod --zone=z --slices=2" in done.stderr
+    first = ["--zone=z", "--worker=0", "--node=0"]
+    ((*logs, _),) = place.tpu("logs", *pod)[1]
+    assert logs == [*QUEUE, "ssh", "pod", *first]
+    assert place.tpu("fetch", *pod, "runs/c")[1] == [[*QUEUE, "scp", "--recurse", "pod:cai_jax/runs/c", "runs", *first]]
+    assert set(all_of_it) <= set(place.tpu("stop", *pod)[1][0])
+    assert place.tpu("delete", *pod)[1] == [[*QUEUE, "delete", "pod", "--zone=z", "--force"]]
 
 
 def until(reached):
@@ -356,7 +377,7 @@ def commands():
 @pytest.mark.parametrize("line", commands())
 def test_every_command_of_the_readme_works(place, line):
     program(place.folder / ".venv" / "bin" / "pip", STAND_IN)
-    answers = [["describe", NONE, [0, "READY", ""]], ["-m venv", [0, "", ""]]]
+    answers = [["tpu-vm describe", NONE], ["queued-resources describe", NONE, [0, "ACTIVE", ""]], ["-m venv", [0, "", ""]]]
     done, calls = place.run("bash", "-c", line, answers=answers)
     assert done.returncode == 0, done.stderr
     assert calls, "it does nothing"
