@@ -15,8 +15,8 @@ import orbax.checkpoint.experimental.v1 as ocp
 
 from cai_jax import hosts
 from cai_jax.errors import InputError
+from cai_jax.files import in_bucket
 from cai_jax.sharding import path_name
-from cai_jax.workdir import in_bucket
 
 
 def steps(folder: Path) -> list[int]:

@@ -14,13 +14,14 @@ import numpy as np
 from cai_jax import tokenizer
 from cai_jax.config import Config
 from cai_jax.errors import InputError
+from cai_jax.files import read_json
 from cai_jax.models import LM, families, hf, lora, peft
 from cai_jax.models.transformer import Transformer
 from cai_jax.score import hidden_states, reward_scores, row_batch
 from cai_jax.sharding import put_batch
 from cai_jax.stages import MODELS, STAGE_OF, adapts, checkpoint, load_whole, require_same, root
 from cai_jax.tokenizer import Tokenizer
-from cai_jax.workdir import read_json, write_json
+from cai_jax.workdir import write_json
 
 REWARD = "reward"
 NAMES = (*MODELS, REWARD)

@@ -23,19 +23,10 @@ from ml_collections import config_flags
 from cai_jax import checks, hosts, maintenance, progress
 from cai_jax import config as configs
 from cai_jax.errors import InputError, Stopped
+from cai_jax.files import folder_of, read_json
 from cai_jax.metrics import NotFinite
 from cai_jax.progress import cry, say, table
-from cai_jax.workdir import (
-    begin_run,
-    folder_of,
-    hand_over,
-    open_run,
-    read_json,
-    record_run,
-    stop_before_maintenance,
-    stop_on_sigterm,
-    versions,
-)
+from cai_jax.workdir import begin_run, hand_over, open_run, record_run, stop_before_maintenance, stop_on_sigterm, versions
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "file with get_config(); --config.key=value overrides", lock_config=True

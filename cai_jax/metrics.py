@@ -11,8 +11,9 @@ from pathlib import Path
 import jax
 
 from cai_jax import hosts
+from cai_jax.files import in_bucket
 from cai_jax.records import dumps, read
-from cai_jax.workdir import in_bucket, write_text
+from cai_jax.workdir import write_text
 
 SECONDS = 30  # between two versions of a file in a bucket
 

@@ -84,7 +84,7 @@ def verdict(context: str, thought: str, templates=TEMPLATES) -> str:
 
 
 def few_shot_critique(blocks, templates=TEMPLATES, direct: bool = False) -> str:
-    """Worked critiques and revisions (constitution.CritiqueBlock) as one prefix of `critique` and what follows it;
+    """Worked critiques and revisions (CritiqueBlock) as one prefix of `critique` and what follows it;
     `direct`: without the critiques, as a prefix of a revision that has none."""
     return "".join(_worked_critique(block, templates, direct) for block in blocks)
 
@@ -100,7 +100,7 @@ def _worked_critique(block, templates, direct: bool) -> str:
 
 
 def few_shot_comparison(blocks, principles, templates=TEMPLATES) -> str:
-    """Worked comparisons (constitution.ComparisonBlock) as one prefix of `comparison`: each block asks the question of
+    """Worked comparisons (ComparisonBlock) as one prefix of `comparison`: each block asks the question of
     its own principle, one given for each block (paper 4.1), and ends in the option that answers it."""
     if len(blocks) != len(principles):
         raise ValueError(f"got {len(principles)} principles for {len(blocks)} few-shot comparisons; wanted one for each")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from cai_jax import hosts
 from cai_jax.errors import InputError
-from cai_jax.workdir import in_bucket, write_text
+from cai_jax.files import in_bucket
+from cai_jax.workdir import write_text
 
 READERS = 32  # files of a bucket that are read at once
 

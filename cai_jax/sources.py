@@ -22,7 +22,7 @@ import re
 from pathlib import Path
 from urllib.parse import parse_qsl
 
-from cai_jax import records, workdir
+from cai_jax import files, records
 from cai_jax.errors import InputError
 from cai_jax.prompts import ASSISTANT, USER
 
@@ -47,7 +47,7 @@ def digest(source: str) -> str:
     place, _, columns = source.partition("?")
     place = _fetched(place)
     if not place.startswith("hub:"):
-        return workdir.digest(place) + (f"?{columns}" if columns else "")
+        return files.digest(place) + (f"?{columns}" if columns else "")
     return hashlib.sha256("".join(map(records.dumps, _hub(place))).encode()).hexdigest() + f"?{columns}"
 
 

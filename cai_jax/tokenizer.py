@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cai_jax.errors import InputError
-from cai_jax.workdir import read_json
+from cai_jax.files import read_json
 
 # Control tokens in a string: noncharacters of Unicode, which no text for interchange holds. Number i stands for controls[i].
 MARKS = re.compile(r"[\ufdd0-\ufdef]")

@@ -6,18 +6,17 @@ recorded inputs differ from today's is refused with the difference, never silent
 """
 
 import fcntl
-import hashlib
 import importlib.metadata as packages
 import json
 import os
 import signal
 import sys
 import threading
-from importlib.util import find_spec
 from pathlib import Path
 
 from cai_jax import hosts, maintenance, progress
 from cai_jax.errors import InputError, Stopped, difference
+from cai_jax.files import digest, in_bucket, put, read_json
 
 _stop = threading.Event()
 _locks = []
@@ -58,72 +57,19 @@ def raise_if_stopping() -> None:
         raise Stopped("stopped on request; everything so far is saved, the same command goes on from here")
 
 
-def folder_of(text: str):
-    """A run's folder: a Path, or what is used like one and lies in a bucket, gs://BUCKET/FOLDER."""
-    if "://" not in text:
-        return Path(text)
-    if not text.startswith("gs://"):
-        raise InputError(f"--workdir={text}: wanted a folder, or gs://BUCKET/FOLDER")
-    if not find_spec("gcsfs"):
-        raise InputError(f"--workdir={text}: buckets want gcsfs, which is not installed: pip install -e '.[gcs]'")
-    from etils import epath
-
-    return epath.Path(text)
-
-
-def in_bucket(path) -> bool:
-    """Whether a file lies where files appear whole, are not locked and do not grow."""
-    return not isinstance(path, Path)
-
-
 def write_text(path: Path, text: str) -> None:
-    """Writes a whole file beside its place and renames it: readers see the old text or the new, never a part. Of several
-    processes the first writes."""
+    """See `files.put`. Of several processes the first writes."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
     """See `write_text`."""
-    if not hosts.first():
-        return
-    if in_bucket(path):
-        path.write_bytes(data)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.tmp")
-    with open(beside, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(beside, path)
+    if hosts.first():
+        put(path, data)
 
 
 def write_json(path: Path, value) -> None:
     write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise InputError(
-            f"{path}: cannot be read as JSON ({e}); it is written whole by this program, so restore or delete it"
-        ) from e
-
-
-def digest(path) -> str:
-    """sha256 of a file, or of the names and contents of a folder's files."""
-    path = Path(path) if isinstance(path, str) else path
-    if not path.exists():
-        raise InputError(f"missing file: {path}; paths are relative to where the command is run")
-    sha = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-        if path.is_dir():
-            sha.update(str(file.relative_to(path)).encode())
-        with file.open("rb") as f:
-            while block := f.read(1 << 20):
-                sha.update(block)
-    return sha.hexdigest()
 
 
 def begin(stage: str, workdir: Path, inputs: dict) -> bool:

@@ -7,7 +7,7 @@ import bucket
 import jax.numpy as jnp
 import pytest
 
-from cai_jax import checkpoints, workdir
+from cai_jax import checkpoints, files, workdir
 from cai_jax.errors import InputError
 from cai_jax.metrics import Metrics, load
 from cai_jax.records import Journal, read, write
@@ -28,7 +28,7 @@ def server():
 
 @pytest.fixture
 def folder(server, request):
-    return workdir.folder_of(f"gs://bucket/runs/{request.node.name}")
+    return files.folder_of(f"gs://bucket/runs/{request.node.name}")
 
 
 def inside(server, folder):
@@ -46,7 +46,7 @@ def test_stages_begin_and_end_there(server, folder):
     workdir.finish("sft", folder, {"n": 1}, ("lines.jsonl",), model="abc")
     assert not workdir.begin("sft", folder, {"x": 2})
     made = workdir.outputs("sft", folder)
-    assert made == {"lines.jsonl": workdir.digest(folder / "sft" / "lines.jsonl"), "model": "abc"}
+    assert made == {"lines.jsonl": files.digest(folder / "sft" / "lines.jsonl"), "model": "abc"}
     with pytest.raises(InputError, match="missing file: gs://bucket/"):
         read(folder / "sft" / "none.jsonl")
 
@@ -97,17 +97,17 @@ def test_the_newest_whole_checkpoint_is_kept(server, folder):
 
 def test_a_bucket_that_cannot_be_is_refused(server, monkeypatch):
     with pytest.raises(InputError, match="wanted a folder, or gs://BUCKET/FOLDER"):
-        workdir.folder_of("s3://bucket/runs")
-    monkeypatch.setattr(workdir, "find_spec", lambda name: None)
+        files.folder_of("s3://bucket/runs")
+    monkeypatch.setattr(files, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install -e '.\[gcs\]'"):
-        workdir.folder_of("gs://bucket/runs")
+        files.folder_of("gs://bucket/runs")
 
 
 def test_a_bucket_that_may_not_be_written_says_what_to_do(server, monkeypatch):
     def refused(*_):
         raise OSError("Forbidden")
 
-    place = workdir.folder_of("gs://bucket/runs/closed")
+    place = files.folder_of("gs://bucket/runs/closed")
     monkeypatch.setattr(type(place), "write_bytes", refused)
     with pytest.raises(InputError, match="gs://bucket/runs/closed: cannot be written .Forbidden.; log in"):
         workdir.open_run(place)

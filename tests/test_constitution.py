@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from cai_jax import constitution
-from cai_jax.constitution import Principle, load, load_few_shot, sample
+from cai_jax.constitution import Principle, load, rank, sample
+from cai_jax.constitution.few_shot import ComparisonBlock, CritiqueBlock, load_few_shot
 from cai_jax.errors import InputError
 from cai_jax.prompts import TEMPLATES
 
@@ -55,7 +56,7 @@ BAD = {
     "version is a number": ('name = "x"\nversion = 1\n' + principle(), ": version is int 1; wanted text in quotes"),
     "unknown top key": (
         HEAD + "[[principles]]\n",
-        ": unknown key 'principles' (did you mean 'principle'?); keys are name, version, templates, principle",
+        ": unknown key 'principles' (did you mean 'principle'?); keys are name, version, priority, templates, principle",
     ),
     "not UTF-8": (HEAD.encode() + b"\xff\xfe", ": not UTF-8 (invalid start byte at byte 29); wanted a TOML file in UTF-8"),
     "no principles": (HEAD, ": no [[principle]] table; wanted one or more"),
@@ -63,7 +64,7 @@ BAD = {
         HEAD + principle().replace("[[principle]]", "[principle]"),
         ": principle is a dict; wanted a list of tables, each headed [[principle]]",
     ),
-    "not a table": (HEAD + "principle = [3]\n", f": principle 1 is int 3; wanted a table with the keys {NEED}"),
+    "not a table": (HEAD + "principle = [3]\n", f": principle 1 is int 3; wanted a table with the keys {NEED}, weight"),
     "missing key": (
         HEAD + principle() + principle("b", revision=None),
         f": principle 2 ('b'): key 'revision' is missing; wanted {NEED}",
@@ -71,7 +72,7 @@ BAD = {
     "no id": (HEAD + principle(None), f": principle 1: key 'id' is missing; wanted {NEED}"),
     "unknown key": (
         HEAD + principle() + 'critic = "x"\n',
-        f": principle 1 ('a'): unknown key 'critic' (did you mean 'critique'?); keys are {NEED}",
+        f": principle 1 ('a'): unknown key 'critic' (did you mean 'critique'?); keys are {NEED}, weight",
     ),
     "ill-typed": (
         HEAD + principle(critique=None) + 'critique = ["x"]\n',
@@ -89,6 +90,26 @@ BAD = {
     "reserved id": (
         HEAD + principle("none"),
         ": principle 1 ('none'): this id is the id of the question without a principle; wanted a new one",
+    ),
+    "weight is text": (
+        HEAD + principle() + 'weight = "2"\n',
+        ": principle 1 ('a'): weight is str '2'; wanted a number above 0, as 2.0 for twice as often as others",
+    ),
+    "weight is nothing": (
+        HEAD + principle() + "weight = 0\n",
+        ": principle 1 ('a'): weight is int 0; wanted a number above 0, as 2.0 for twice as often as others",
+    ),
+    "priority is text": (
+        'priority = "care"\n' + HEAD + principle(),
+        ": priority is str 'care'; wanted a list of categories and ids, the highest first",
+    ),
+    "unknown priority": (
+        'priority = ["cares"]\n' + HEAD + principle(),
+        ": priority 1, 'cares': no category or id is called so (did you mean 'care'?)",
+    ),
+    "priority that is not reached": (
+        'priority = ["care", "a"]\n' + HEAD + principle(),
+        ": priority 2, 'a': never reached, what it names stands before it",
     ),
     "templates is text": (
         'templates = "x"\n' + HEAD + principle(),
@@ -224,6 +245,32 @@ def test_k_principles_are_distinct_and_their_order_is_uniform():
     assert [d[:1] for d in draws[:50]] == [tuple(p.id for p in sample(c, 0, i)) for i in range(50)]
 
 
+def test_weights_are_odds_and_those_of_one_leave_the_draw_as_it_was():
+    c = many(4)
+    heavy = replace(c, principles=(replace(c.principles[0], weight=3.0), *c.principles[1:]))
+    draws = [tuple(p.id for p in sample(heavy, 0, i, k=2)) for i in range(6000)]
+    weight = {"p0": 3, "p1": 1, "p2": 1, "p3": 1}  # the second in proportion among those left
+    odds = {(a, b): weight[a] / 6 * weight[b] / (6 - weight[a]) for a in weight for b in weight if a != b}
+    counts = {key: draws.count(key) for key in odds}
+    expected = {key: 6000 * share for key, share in odds.items()}
+    assert sum((counts[k] - expected[k]) ** 2 / expected[k] for k in odds) < 31.3  # 99.9 % point, 11 degrees of freedom
+    moved = [(sample(c, 0, i)[0].id, sample(heavy, 0, i)[0].id) for i in range(500)]
+    assert all(after in (before, "p0") for before, after in moved) and any(a != b for a, b in moved)
+
+
+def test_weight_and_priority_are_read_ranked_and_part_of_the_fingerprint(tmp_path):
+    text = HEAD + principle("a", "care") + principle("b", "truth") + principle("c", "truth") + principle("d", "form")
+    plain = read(tmp_path, text)
+    got = read(tmp_path, 'priority = ["c", "care", "truth"]\n' + text + "weight = 2\n")
+    assert [p.weight for p in got.principles] == [1.0, 1.0, 1.0, 2.0]
+    assert [rank(got, p) for p in got.principles] == [1, 2, 0, 3] and {rank(plain, p) for p in plain.principles} == {0}
+    marks = [
+        read(tmp_path, top + text + end).fingerprint for top in ("", 'priority = ["care"]\n') for end in ("", "weight = 2\n")
+    ]
+    assert len(set(marks)) == 4 and marks[0] == plain.fingerprint == read(tmp_path, text + "weight = 1\n").fingerprint
+    assert read(tmp_path, 'priority = ["care", "truth"]\n' + text, ("care",)).priority == ("truth",)
+
+
 def test_leaving_a_category_out_redraws_only_what_had_drawn_from_it():
     c = many(16)
     less = replace(c, principles=tuple(p for p in c.principles if p.category != "c0"))
@@ -277,8 +324,8 @@ def test_refuses_bad_few_shot_blocks(tmp_path, text, message):
 
 def test_few_shot_blocks_and_their_fingerprint(tmp_path):
     got = load_few_shot(write(tmp_path, FEW))
-    assert got.critiques == (constitution.CritiqueBlock("Q", "A", "CR", "C", "RR", "R"),)
-    assert got.comparisons == (constitution.ComparisonBlock("Q", "x", "y", "B"),)
+    assert got.critiques == (CritiqueBlock("Q", "A", "CR", "C", "RR", "R"),)
+    assert got.comparisons == (ComparisonBlock("Q", "x", "y", "B"),)
     assert load_few_shot(write(tmp_path, "# note\n" + FEW, "b.toml")).fingerprint == got.fingerprint
     assert load_few_shot(write(tmp_path, FEW.replace('"B"', '"A"'))).fingerprint != got.fingerprint
 

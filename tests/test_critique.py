@@ -7,6 +7,7 @@ import pytest
 from cai_jax import constitution as constitutions
 from cai_jax import prompts
 from cai_jax.config import Config, Critique
+from cai_jax.constitution.few_shot import load_few_shot
 from cai_jax.errors import InputError
 from cai_jax.stages import critique
 
@@ -85,7 +86,7 @@ def test_a_direct_revision_asks_for_no_critique():
 
 @pytest.mark.parametrize("direct", [False, True])
 def test_worked_examples_stand_before_every_round_and_not_before_the_response(direct):
-    blocks = constitutions.load_few_shot(str(FEW_SHOT)).critiques
+    blocks = load_few_shot(str(FEW_SHOT)).critiques
     prefix = prompts.few_shot_critique(blocks, prompts.TEMPLATES, direct=direct)
     _, _, asked = revised(few_shot=str(FEW_SHOT), direct=direct)
     for key, (context, _) in asked.items():

@@ -10,9 +10,9 @@ import pytest
 from cai_jax import evaluation
 from cai_jax.config import Config, Evaluate
 from cai_jax.errors import InputError
+from cai_jax.files import read_json
 from cai_jax.miniworld import grammar, make
 from cai_jax.stages import evaluate
-from cai_jax.workdir import read_json
 
 OWN = {"id": "0", "messages": [{"role": "user", "content": "How do I bake bread?"}]}
 ITEMS = [grammar.world().groups["heldout", harmful, False][0] for harmful in (True, False)]

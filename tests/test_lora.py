@@ -16,13 +16,13 @@ from test_sharding import ADAPTERS
 
 from cai_jax.config import Lora
 from cai_jax.errors import InputError
+from cai_jax.files import read_json
 from cai_jax.models import hf, lora, peft
 from cai_jax.models.transformer import Transformer, cast_matrices, init_params
 from cai_jax.sampling import record_key_data, record_keys
 from cai_jax.score import reward_scores
 from cai_jax.sharding import path_name, put, put_batch, shard_init
 from cai_jax.slots import generate
-from cai_jax.workdir import read_json
 
 LORA = Lora(rank=3, alpha=4.0)
 CFG = lora.attach(tiny.CFG, LORA)

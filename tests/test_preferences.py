@@ -11,8 +11,8 @@ import pytest
 from cai_jax import constitution as constitutions
 from cai_jax import prompts, records
 from cai_jax.config import Config, Data, Model, Preferences
+from cai_jax.files import read_json
 from cai_jax.stages import preferences, reward
-from cai_jax.workdir import read_json
 
 ROOT = Path(__file__).parent.parent
 CONSTITUTION = constitutions.load(ROOT / "constitutions" / "miniworld.toml", templates=prompts.TEMPLATES)

@@ -5,7 +5,8 @@ import re
 import pytest
 
 from cai_jax import constitution, prompts
-from cai_jax.constitution import ComparisonBlock, CritiqueBlock, Principle
+from cai_jax.constitution import Principle
+from cai_jax.constitution.few_shot import ComparisonBlock, CritiqueBlock
 from cai_jax.errors import InputError
 
 FIELDS = {name: constitution.placeholders(text) for name, text in prompts.TEMPLATES.items()}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cai_jax import workdir
+from cai_jax import files, workdir
 from cai_jax.errors import InputError
 
 INPUTS = {"config": {"epochs": 2, "clamp": (0.4, 0.6), "sampling": {"top_p": 1.0}}, "seed": 0, "files": {}}
@@ -33,7 +33,7 @@ def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):
     def full(fd):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(workdir.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         workdir.write_text(path, "a new text")
     assert path.read_text() == "old"
@@ -46,14 +46,14 @@ def test_json_comes_back_and_a_damaged_file_is_named(tmp_path):
     path = tmp_path / "x.json"
     value = {"b": [1, 2.5, None], "a": {"é": "漢"}}
     workdir.write_json(path, value)
-    assert workdir.read_json(path) == value
+    assert files.read_json(path) == value
     whole = path.read_bytes()
     for damaged in (whole[:10], whole[: whole.index("漢".encode()) + 1], b""):
         path.write_bytes(damaged)
         with pytest.raises(InputError, match="x.json: cannot be read as JSON"):
-            workdir.read_json(path)
+            files.read_json(path)
     with pytest.raises(InputError, match="nowhere.json"):
-        workdir.read_json(tmp_path / "nowhere.json")
+        files.read_json(tmp_path / "nowhere.json")
 
 
 def test_json_has_one_spelling(tmp_path):
@@ -68,15 +68,15 @@ def test_digest_covers_content_and_names_of_a_folder(tmp_path):
     (folder / "sub").mkdir(parents=True)
     (folder / "a").write_text("one")
     (folder / "sub" / "b").write_text("two")
-    first = workdir.digest(folder)
-    assert len(first) == 64 and workdir.digest(str(folder)) == first
+    first = files.digest(folder)
+    assert len(first) == 64 and files.digest(str(folder)) == first
     (folder / "sub" / "b").rename(folder / "sub" / "c")
-    second = workdir.digest(folder)
+    second = files.digest(folder)
     (folder / "sub" / "c").write_text("two!")
-    assert len({first, second, workdir.digest(folder)}) == 3
-    assert workdir.digest(folder / "a") == "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"  # sha256("one")
+    assert len({first, second, files.digest(folder)}) == 3
+    assert files.digest(folder / "a") == "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"  # sha256("one")
     with pytest.raises(InputError, match="missing file: .*nowhere"):
-        workdir.digest(tmp_path / "nowhere")
+        files.digest(tmp_path / "nowhere")
 
 
 # Differences
@@ -133,8 +133,8 @@ def test_changed_inputs_are_refused_with_the_difference(tmp_path, done):
 
 def test_a_run_records_configuration_seed_and_versions(tmp_path):
     workdir.record_run(tmp_path, {"seed": 7, "sft": {"epochs": 2}})
-    assert workdir.read_json(tmp_path / "config.json") == {"seed": 7, "sft": {"epochs": 2}}
-    manifest = workdir.read_json(tmp_path / "manifest.json")
+    assert files.read_json(tmp_path / "config.json") == {"seed": 7, "sft": {"epochs": 2}}
+    manifest = files.read_json(tmp_path / "manifest.json")
     assert manifest["seed"] == 7 and manifest["python"] == sys.version.split()[0]
     import jax
 

@@ -17,6 +17,7 @@ from cai_jax.ahead import shapes
 from cai_jax.ahead.shapes import TOK, array, batch, conversation, longest_prompt, shaped, text
 from cai_jax.ahead.work import Work
 from cai_jax.config import Config, Sampling
+from cai_jax.constitution.few_shot import load_few_shot
 from cai_jax.data import bucket, pack
 from cai_jax.experience import experience, kind, layout, minibatch, packed, ppo_loss
 from cai_jax.logprobs import block_count
@@ -94,7 +95,7 @@ def critique(cfg: Config, mesh) -> list[Step]:
         p = max(constitution.principles, key=lambda p: len(p.critique) + len(p.revision))
         said, thought = (text(c.sampling.max_tokens, 1, n) for n in (0, 1))
         if c.few_shot:
-            blocks = constitutions.load_few_shot(c.few_shot).critiques
+            blocks = load_few_shot(c.few_shot).critiques
             before = prompts.few_shot_critique(blocks, prompts.TEMPLATES, c.direct)
         if c.direct:
             context = prompts.revision(before + context + prompts.completion(said), None, p.revision)
@@ -137,7 +138,7 @@ def preferences(cfg: Config, mesh) -> list[Step]:
     constitution = constitutions.load(cfg.constitution.path, cfg.constitution.exclude, templates=prompts.TEMPLATES)
     drawn, before = sorted(constitution.principles, key=lambda p: -len(p.comparison))[: c.principles], ""
     if c.few_shot:
-        blocks = constitutions.load_few_shot(c.few_shot).comparisons
+        blocks = load_few_shot(c.few_shot).comparisons
         before = prompts.few_shot_comparison(blocks, [drawn[0]] * len(blocks))
     ask, contexts = prompts.reasoning if c.chain_of_thought else prompts.comparison, []
     for n in range(-(-c.score_batch // len(drawn))):

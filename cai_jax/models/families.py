@@ -8,9 +8,9 @@ import dataclasses
 from pathlib import Path
 
 from cai_jax.errors import InputError
+from cai_jax.files import read_json
 from cai_jax.models.attention import Rope
 from cai_jax.models.transformer import TransformerConfig
-from cai_jax.workdir import read_json
 
 GEMMA = {"norm": "rms_plus_one", "norm_outputs": True}
 # model_type -> what the family always sets beside what its config.json says.

@@ -6,7 +6,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from cai_jax.errors import InputError
-from cai_jax.workdir import read_json
+from cai_jax.files import read_json
 
 WEIGHTS = ("F64", "F32", "F16", "BF16")  # other numbers are a quantised model's codes, which mean nothing without their scales
 

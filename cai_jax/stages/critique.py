@@ -10,6 +10,7 @@ from pathlib import Path
 from cai_jax import constitution as constitutions
 from cai_jax import prompts, records
 from cai_jax.config import Config
+from cai_jax.constitution.few_shot import load_few_shot
 from cai_jax.data import load_pool
 from cai_jax.errors import InputError
 from cai_jax.generate import Chain, Request, sample_chains
@@ -59,7 +60,7 @@ def worked_examples(cfg: Config, templates) -> str:
     """What stands before every critique and revision."""
     if not cfg.critique.few_shot:
         return ""
-    blocks = constitutions.load_few_shot(cfg.critique.few_shot).critiques
+    blocks = load_few_shot(cfg.critique.few_shot).critiques
     return prompts.few_shot_critique(blocks, templates, cfg.critique.direct)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cai_jax import records
 from cai_jax.config import Config
-from cai_jax.constitution import load_few_shot
+from cai_jax.constitution.few_shot import load_few_shot
 from cai_jax.data import said
 from cai_jax.errors import InputError
 from cai_jax.evaluation import answers, evenly, judged, known, summary, verdict

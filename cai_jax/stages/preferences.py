@@ -11,6 +11,7 @@ import numpy as np
 from cai_jax import constitution as constitutions
 from cai_jax import prompts, records
 from cai_jax.config import Config
+from cai_jax.constitution.few_shot import load_few_shot
 from cai_jax.data import load_pool
 from cai_jax.errors import InputError
 from cai_jax.generate import Request, fits, sample_texts
@@ -69,7 +70,7 @@ def judge(cfg: Config, lm, constitution, pairs: list[dict], journal, mesh, drops
     """Comparison records with p_a in [0, 1] and the judgements behind it, one per principle. A pair that the judge's context
     cannot hold is dropped and counted."""
     c, templates = cfg.preferences, constitution.templates
-    blocks = constitutions.load_few_shot(c.few_shot).comparisons if c.few_shot else ()
+    blocks = load_few_shot(c.few_shot).comparisons if c.few_shot else ()
     layout = prompts.reasoning if c.chain_of_thought else prompts.comparison
 
     def in_both_orders(p: dict, principle) -> list[str]:

@@ -1,7 +1,6 @@
 """The report: one self-contained page on everything the run did, and its figures as PNG beside it.
 
-Reads the files of the stages in the config, loads no model. A section is shown when its files are there. Same run, same bytes.
-"""
+Reads files of stages, loads no model. A section is shown when its files are there. Same run, same bytes."""
 
 import dataclasses
 import json
@@ -11,9 +10,10 @@ from pathlib import Path
 from cai_jax import figures, metrics, progress, records
 from cai_jax.config import Config, as_dict
 from cai_jax.constitution import Constitution
+from cai_jax.files import read_json
 from cai_jax.markup import DASH, Html, document, facts, fold, join, number, passage, picture, plain, side_by_side, table, tag
 from cai_jax.stages import OF_INIT, load_constitution
-from cai_jax.workdir import begin, finish, outputs, read_json, write_bytes, write_text
+from cai_jax.workdir import begin, finish, outputs, write_bytes, write_text
 
 STAGE = "report"
 PER_CATEGORY = 2  # transcripts shown
