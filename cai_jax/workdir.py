@@ -144,11 +144,11 @@ def open_run(workdir: Path) -> None:
 
 def _open_run(workdir: Path) -> str:
     """-> what stands in the file that all processes should see."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"--workdir={workdir}: no folder can be made there ({e.strerror}); give another") from e
-    if not in_bucket(workdir):
+    if not in_bucket(workdir):  # which has no folders, and an account may have rights on its files only
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise InputError(f"--workdir={workdir}: no folder can be made there ({e.strerror}); give another") from e
         _locks.append(open(workdir / ".lock", "w"))
         try:
             fcntl.flock(_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -67,7 +67,7 @@ class Handler(BaseHTTPRequestHandler):
         where = parts[parts.index("b") + 1 :] if "b" in parts else []
         name = unquote(where[2]) if len(where) > 2 else ""
         if len(where) == 1:
-            return self.answer(200, {"kind": "storage#bucket", "name": where[0], "location": "US", "locationType": "region"})
+            return self.answer(403, {"error": {"code": 403, "message": "this account may read and write objects, and no more"}})
         if where and where[1] == "storageLayout":
             return self.answer(200, {"bucket": "bucket", "locationType": "region", "hierarchicalNamespace": {"enabled": False}})
         if not name and self.command == "GET":

@@ -111,3 +111,16 @@ def test_a_bucket_that_may_not_be_written_says_what_to_do(server, monkeypatch):
     monkeypatch.setattr(type(place), "write_bytes", refused)
     with pytest.raises(InputError, match="gs://bucket/runs/closed: cannot be written .Forbidden.; log in"):
         workdir.open_run(place)
+
+
+def test_a_run_begins_without_a_right_to_the_bucket_itself(server, monkeypatch):
+    """Which making a folder would ask for, in an empty bucket, with gcsfs as it is on a TPU VM."""
+
+    def refused(*_, **__):
+        raise FileNotFoundError("Bucket does not exist: bucket")
+
+    place = files.folder_of("gs://bucket/runs/first")
+    monkeypatch.setattr(type(place), "mkdir", refused)
+    workdir.open_run(place)
+    workdir.begin_run(place, {"seed": 0})
+    assert inside(server, place) == ["config.json", "manifest.json"]
