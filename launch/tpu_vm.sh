@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
 # A run on a TPU VM, of one host or many, from this machine and with gcloud.
-#   bash launch/tpu_vm.sh create NAME --zone=ZONE --type=v5litepod-256 [--spot] [--queued] [--version=RUNTIME]
+#   bash launch/tpu_vm.sh create NAME --zone=ZONE --type=v5litepod-256 [--spot] [--queued] [--version=RUNTIME] [-- FLAGS]
 #   bash launch/tpu_vm.sh ssh    NAME --zone=ZONE -- COMMAND ...        on all workers, to its end; --worker=I: on one
 #   bash launch/tpu_vm.sh run    NAME --zone=ZONE [--restarts=20] -- cai run --config=FILE --workdir=DIR
 #   bash launch/tpu_vm.sh logs   NAME --zone=ZONE [--worker=0]          what worker 0 writes; --worker=all: what all write
 #   bash launch/tpu_vm.sh stop   NAME --zone=ZONE                       saves; `run` goes on from there
 #   bash launch/tpu_vm.sh fetch  NAME --zone=ZONE WORKDIR [INTO]        WORKDIR as the command had it; into runs/
 #   bash launch/tpu_vm.sh delete NAME --zone=ZONE [--queued]
-# All take --project=PROJECT, and --dry-run, which shows every command of gcloud and runs none. A run on several TPUs, which
-# send to each other through the network, wants --slices=N in every command; Google's queue is the only way to several.
+# All take --project=PROJECT, and --dry-run (before --), which shows every command of gcloud and runs none. A run on several
+# TPUs, which send to each other through the network, wants --slices=N in every command; Google's queue is the only way to them.
 # `create` waits until NAME is ready, and uses it if it is there: --spot is cheaper and may be taken away, --queued waits in
-# Google's queue. `run` copies the commit that is checked out to all workers, installs it there and starts the command on all,
-# under launch/restarts.sh and without this machine, which may be switched off. The command runs in the repository.
+# Google's queue, and FLAGS go to gcloud as they are (--network=..., --service-account=..., --reserved). `run` copies the commit
+# that is checked out to all workers, installs it there and starts the command on all, under launch/restarts.sh and without this
+# machine, which may be switched off. The command runs in the repository.
 # Exit codes: 1 something failed, 3 there is no TPU to be had, 4 a run is in progress.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -55,6 +56,14 @@ while [[ $# -gt 0 ]]; do
 done
 [[ -n "$zone" ]] || die "--zone=ZONE is missing, for example --zone=us-west4-a"
 [[ "$slices" =~ ^[1-9][0-9]*$ ]] || die "--slices=$slices: wanted a whole number above 0"
+case "$action" in
+  create | ssh | run) ;;
+  *) [[ ${#command[@]} == 0 ]] || die "$action takes nothing behind --" ;;
+esac
+[[ "$action" == fetch || ${#words[@]} == 0 ]] || die "'${words[0]}': $action takes no words but NAME; a command goes behind --"
+for word in ${command[@]+"${command[@]}"}; do
+  [[ "$word" != --dry-run ]] || die "--dry-run stands behind --, where it is the command's; put it before --"
+done
 [[ "$worker" =~ ^(all|[0-9]*)$ ]] || die "--worker=$worker: wanted a number from 0, or all"
 where=("--zone=$zone" ${project:+"--project=$project"})
 again="$name --zone=$zone${project:+ --project=$project}"  # the beginning of the next command
@@ -63,20 +72,35 @@ if [[ "$slices" != 1 ]]; then
   again+=" --slices=$slices" kind=queued-resources queued=--queued node=("--node-count=$slices")
 fi
 said="$(mktemp)"  # what gcloud complained about
-trap 'rm -f "$said"' EXIT
+trap 'rm -f "$said"; kill $(jobs -p) 2>/dev/null || true' EXIT
 
 call() {  # COMMAND ...: shows it as a shell would take it, and runs it
   { printf '%q ' "$@" && echo; } >&3
   [[ -n "$dry" ]] || "$@"
 }
 
-at() {  # WORKER: the flags for a worker, of the first slice where there are several, or for all of them
-  echo "--worker=$1"
-  [[ "$slices" == 1 ]] || { [[ "$1" == all ]] && echo --node=all || echo --node=0; }
+everywhere() {  # WORKER COMMAND ...: a command of gcloud with the flags for a worker, of the first slice, or for all of them
+  local i code worst=0 jobs=()
+  if [[ "$slices" == 1 ]]; then
+    call "${@:2}" "--worker=$1"
+  elif [[ "$1" != all ]]; then
+    call "${@:2}" "--worker=$1" --node=0
+  else  # gcloud would take 64 workers at a time, and go on without a slice that it does not reach
+    for ((i = 0; i < slices; i++)); do
+      call "${@:2}" --worker=all "--node=$i" &
+      jobs+=($!)
+    done
+    for i in "${jobs[@]}"; do
+      code=0
+      wait "$i" || code=$?
+      ((code <= worst)) || worst=$code
+    done
+    return "$worst"
+  fi
 }
 
 on() {  # WORKER COMMAND: a command line for the shell (bash) of a worker, or of all of them
-  call gcloud compute tpus "$kind" ssh "$name" "${where[@]}" $(at "$1") "--command=$2"
+  everywhere "$1" gcloud compute tpus "$kind" ssh "$name" "${where[@]}" "--command=$2"
 }
 
 state() {  # KIND FIELD: prints the state of NAME, nothing when there is none
@@ -102,6 +126,7 @@ runtime() {  # what https://cloud.google.com/tpu/docs/runtimes has for JAX
     v5p-*) echo v2-alpha-tpuv5 ;;
     v5litepod-*) echo v2-alpha-tpuv5-lite ;;
     v4-*) echo tpu-ubuntu2204-base ;;
+    v5e-*) die "--type=$type: Google calls it v5litepod-${type#v5e-}" ;;
     *) die "--type=$type: its runtime version is not known here (v4, v5litepod, v5p, v6e are); give --version=RUNTIME" ;;
   esac
 }
@@ -113,7 +138,7 @@ create() {
   if [[ -n "$queued" ]]; then
     now="$(state queued-resources state.state)"
     [[ -n "$now" ]] || ask gcloud compute tpus queued-resources create "$name" "${node[@]}" "${where[@]}" \
-      "--accelerator-type=$type" "--runtime-version=$version" $spot
+      "--accelerator-type=$type" "--runtime-version=$version" $spot ${command[@]+"${command[@]}"}
     while true; do
       now="$(state queued-resources state.state)"
       [[ "$now" != ACTIVE && -z "$dry" ]] || break
@@ -128,7 +153,10 @@ create() {
   else
     now="$(state tpu-vm state)"
     case "$now" in
-      "") ask gcloud compute tpus tpu-vm create "$name" "${where[@]}" "--accelerator-type=$type" "--version=$version" $spot ;;
+      "")
+        ask gcloud compute tpus tpu-vm create "$name" "${where[@]}" "--accelerator-type=$type" "--version=$version" $spot \
+          ${command[@]+"${command[@]}"}
+        ;;
       READY) say "$name is there already and is used as it is" ;;
       CREATING | STARTING | RESTARTING | REPAIRING) die "$name is $now; try again in a few minutes" ;;
       *) die "$name is $now, wanted READY: bash launch/tpu_vm.sh delete $again, then create it" ;;
@@ -145,6 +173,7 @@ ssh() {
 # What the workers run; files are in the home folder. The lock is held by whatever a run has started, and by nothing else: it
 # is free again when all of that has ended, however it ended.
 FREE='mkdir -p cai_jax && cd cai_jax && { flock -n run.lock true || { echo "$HOSTNAME: a run is in progress" >&2; exit 4; }; }'
+FREE+=' && rm -f ../cai_jax.tar.gz'  # a worker that is not reached later has nothing to install
 # What the archive holds replaces what an earlier one did; .venv, runs and the log stay. TPU VMs may come with an older Python
 # than the package needs, so it gets one of its own.
 INSTALL='set -e; cd cai_jax; tar -tzf ../cai_jax.tar.gz | cut -d/ -f1 | sort -u | xargs rm -rf; tar -xzf ../cai_jax.tar.gz; '
@@ -171,7 +200,7 @@ run() {
   [[ "$code" == 0 ]] || exit "$code"
   archive="$(git rev-parse --git-path cai_jax.tar.gz)"
   call git archive --format=tar.gz "--output=$archive" HEAD
-  call gcloud compute tpus "$kind" scp "$archive" "$name:cai_jax.tar.gz" "${where[@]}" $(at all)
+  everywhere all gcloud compute tpus "$kind" scp "$archive" "$name:cai_jax.tar.gz" "${where[@]}"
   on all "$INSTALL"
   on all "$START$(printf '%q ' "$restarts" "${command[@]}")$STARTED"
   [[ -n "$dry" ]] || say "commit $commit runs on all workers of $name: bash launch/tpu_vm.sh logs $again"
@@ -199,7 +228,7 @@ fetch() {
     *)
       [[ "$from" == /* ]] || from="cai_jax/$from"  # relative to where the command ran
       call mkdir -p "$into"
-      call gcloud compute tpus "$kind" scp --recurse "$name:$from" "$into" "${where[@]}" $(at 0)
+      everywhere 0 gcloud compute tpus "$kind" scp --recurse "$name:$from" "$into" "${where[@]}"
       ;;
   esac
 }

@@ -84,7 +84,7 @@ GEMMA = TransformerConfig(262208, 34, 2560, 10240, 8, 4, 256, 131072, norm_outpu
 MACHINES = [  # config, the shape of its model, devices along the mesh
     *(("qwen3_0_6b", QWEN, (1, n, 1)) for n in (1, 8)),
     *(("gemma3_4b", GEMMA, (1, n, 1)) for n in (1, 8)),
-    *(("llama3_8b", LLAMA_8B, mesh) for mesh in ((4, 32, 2), (1, 32, 2), (1, 8, 1))),
+    *(("llama3_8b", LLAMA_8B, mesh) for mesh in ((8, 32, 2), (4, 32, 2), (1, 32, 2), (1, 8, 1))),
     ("bai2022", LLAMA_70B, (8, 32, 4)),
     *(("mathewjohn2026", LLAMA_8B, mesh) for mesh in ((4, 16, 4), (1, 8, 1))),
 ]

@@ -74,7 +74,7 @@ class Place:
     def __init__(self, folder, repository):
         self.folder, self.log = folder / "repository", folder / "log"
         shutil.copytree(repository, self.folder)
-        for name in ("gcloud", "sbatch", "srun", "scontrol", "kubectl", "xpk", "cai", "python3"):
+        for name in ("gcloud", "sbatch", "srun", "scontrol", "kubectl", "xpk", "cai", "python3", "ssh-agent", "ssh-add"):
             program(folder / "bin" / name, STAND_IN)
         venv = folder / "venv"
         program(venv / "bin" / "python", STAND_IN)
@@ -153,6 +153,8 @@ def test_create_waits_in_the_queue(place):
     assert done.returncode == 0 and calls == [described, asked, described, described]
     assert "pod is WAITING_FOR_RESOURCES" in done.stderr and "pod is ready" in done.stderr
     assert shown(place.tpu(*words, "--dry-run")[0]) == [described, asked, described]
+    done, calls = place.tpu(*words, "--", "--network=lab", "--reserved", answers=[["describe", *states]])
+    assert done.returncode == 0 and calls[1] == [*asked, "--network=lab", "--reserved"]
     done, calls = place.tpu(*words, answers=[["describe", [0, "SUSPENDED", ""]]])
     assert done.returncode == 1 and "'SUSPENDED'" in done.stderr and "delete pod --zone=z --queued" in done.stderr
     assert asked not in calls
@@ -199,6 +201,10 @@ def test_a_refusal_for_quota_says_what_to_change(place, message, code):
         ("logs pod --zone=z --workers=all", "--workers=all"),
         ("logs pod --zone=z --worker=0,1", "--worker=0,1"),
         ("logs pod --zone=z --slices=0", "--slices=0"),
+        ("logs pod --zone=z -- x", "nothing behind --"),
+        ("run pod --zone=z cai run", "'cai'"),
+        ("run pod --zone=z -- cai run --dry-run", "before --"),
+        ("create pod --zone=z --type=v5e-8", "v5litepod-8"),
         ("fetch pod --zone=z", "workdir"),
     ],
 )
@@ -216,9 +222,9 @@ def test_the_smaller_commands(place):
         return calls
 
     tail = "tail -n 100 -F cai_jax/run.log"
-    assert both("logs", "pod", "--zone=z") == [[*VM, "ssh", "pod", "--zone=z", "--worker=0", f"--command={tail}"]]
+    assert both("logs", "pod", "--zone=z") == [[*VM, "ssh", "pod", "--zone=z", f"--command={tail}", "--worker=0"]]
     (every,) = both("logs", "pod", "--zone=z", "--worker=all")
-    assert "--worker=all" in every and every[-1].startswith(f"--command={tail} | sed")
+    assert every[-1] == "--worker=all" and every[-2].startswith(f"--command={tail} | sed")
     copy = [*VM, "scp", "--recurse"]
     assert both("fetch", "pod", "--zone=z", "/mnt/a b") == [[*copy, "pod:/mnt/a b", "runs", "--zone=z", "--worker=0"]]
     assert both("fetch", "pod", "--zone=z", "runs/c", "x") == [[*copy, "pod:cai_jax/runs/c", "x", "--zone=z", "--worker=0"]]
@@ -228,22 +234,30 @@ def test_the_smaller_commands(place):
     assert both("delete", "pod", "--zone=z", "--queued") == [[*QUEUE, "delete", "pod", "--zone=z", "--force"]]
 
 
-def test_several_slices_are_a_request_of_the_queue_and_go_by_its_name(place):
-    pod, all_of_it = ["pod", "--zone=z", "--slices=2"], ["--worker=all", "--node=all"]
+def test_several_slices_are_a_request_of_the_queue_and_are_reached_one_by_one(place):
+    pod = ["pod", "--zone=z", "--slices=2"]
     done, calls = place.tpu("create", *pod, "--type=v5p-8", answers=[["describe", NONE, [0, "ACTIVE", ""]]])
     asked = [*QUEUE, "create", "pod", "--node-count=2", "--zone=z", "--accelerator-type=v5p-8"]
     asked += ["--runtime-version=v2-alpha-tpuv5"]
     assert done.returncode == 0 and calls[1] == asked and "run pod --zone=z --slices=2 -- cai" in done.stderr
+
     done, calls = place.tpu("run", *pod, "--", "cai", "run", "a b")
     sent = [c for c in calls if c[0] == "gcloud"]
-    assert done.returncode == 0 and [c[4] for c in sent] == ["ssh", "scp", "ssh", "ssh"]
-    assert all(c[:4] == QUEUE and "pod" in c[5] + c[6] and set(all_of_it) <= set(c) for c in sent)
+    assert done.returncode == 0 and [c[4] for c in sent] == ["ssh", "ssh", "scp", "scp", "ssh", "ssh", "ssh", "ssh"]
+    for one, other in zip(sent[::2], sent[1::2], strict=True):  # the same for both, at the same time
+        assert one[:4] == QUEUE and one[:-1] == other[:-1] and one[-2] == "--worker=all"
+        assert {one[-1], other[-1]} == {"--node=0", "--node=1"}
     assert "logs pod --zone=z --slices=2" in done.stderr
-    first = ["--zone=z", "--worker=0", "--node=0"]
-    ((*logs, _),) = place.tpu("logs", *pod)[1]
-    assert logs == [*QUEUE, "ssh", "pod", *first]
-    assert place.tpu("fetch", *pod, "runs/c")[1] == [[*QUEUE, "scp", "--recurse", "pod:cai_jax/runs/c", "runs", *first]]
-    assert set(all_of_it) <= set(place.tpu("stop", *pod)[1][0])
+
+    done, calls = place.tpu("run", *pod, "--", "cai", answers=[["--node=1", [4, "", ""]]])
+    assert done.returncode == 4 and "a run is in progress" in done.stderr and len(calls) == 2
+    done, calls = place.tpu("run", *pod, "--", "cai", answers=[["scp", [1, "", ""]]])
+    assert done.returncode == 1 and [c[4] for c in calls if c[0] == "gcloud"] == ["ssh", "ssh", "scp", "scp"]
+
+    (logs,), (fetched,) = place.tpu("logs", *pod)[1], place.tpu("fetch", *pod, "runs/c")[1]
+    assert logs[:6] == [*QUEUE, "ssh", "pod"] and logs[-2:] == ["--worker=0", "--node=0"]
+    assert fetched == [*QUEUE, "scp", "--recurse", "pod:cai_jax/runs/c", "runs", "--zone=z", "--worker=0", "--node=0"]
+    assert {c[-1] for c in place.tpu("stop", *pod)[1]} == {"--node=0", "--node=1"}
     assert place.tpu("delete", *pod)[1] == [[*QUEUE, "delete", "pod", "--zone=z", "--force"]]
 
 
