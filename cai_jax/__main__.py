@@ -1,4 +1,4 @@
-"""`cai`, also as `python -m cai_jax`: main.py's commands, in a process with large pages."""
+"""`cai`, also as `python -m cai_jax`: main.py's commands, in a process with large pages, and `cai constitution`."""
 
 import os
 import sys
@@ -19,6 +19,10 @@ def with_large_pages() -> None:
 
 def cli() -> None:
     """Entry point of the console script."""
+    if sys.argv[1:2] == ["constitution"]:
+        from cai_jax.constitution import commands
+
+        sys.exit(commands.main(sys.argv[2:]))
     with_large_pages()
     from cai_jax import main
 

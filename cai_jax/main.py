@@ -4,6 +4,7 @@ cai run --config=configs/miniworld.py --workdir=runs/a [--config.ppo.kl_coef=0.0
         [--coordinator=HOST:PORT --processes=N --process=I]
 cai compile --config=configs/llama3_8b.py --topology=v5e:16x16 [--slices=2] [--json]
 cai export --workdir=runs/a --model=rl_cai --out=DIR [--dtype=float32] [--adapter] [--check]
+cai constitution lint FILE ...                                         and more, see `cai constitution --help`
 """
 
 import dataclasses
@@ -22,10 +23,12 @@ from ml_collections import config_flags
 
 from cai_jax import checks, hosts, maintenance, progress
 from cai_jax import config as configs
+from cai_jax.constitution import log
 from cai_jax.errors import InputError, Stopped
 from cai_jax.files import folder_of, read_json
 from cai_jax.metrics import NotFinite
 from cai_jax.progress import cry, say, table
+from cai_jax.prompts import TEMPLATES
 from cai_jax.workdir import begin_run, hand_over, open_run, record_run, stop_before_maintenance, stop_on_sigterm, versions
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -88,7 +91,8 @@ def run(cfg: configs.Config, workdir: Path) -> None:
         stop_before_maintenance()
     who = hosts.check({"config": configs.as_dict(cfg)} | versions())
     open_run(workdir)
-    hosts.once(begin_run, workdir, configs.as_dict(cfg))
+    entry = log.entry_of(cfg.constitution.path, TEMPLATES)
+    hosts.once(begin_run, workdir, configs.as_dict(cfg), entry)
     progress.watch_compiles()
     mesh = make_mesh(cfg.mesh)
     checks.check_batches(cfg, mesh.shape["data"] * mesh.shape["fsdp"])
@@ -103,7 +107,7 @@ def run(cfg: configs.Config, workdir: Path) -> None:
             began = time.monotonic()
             worked = importlib.import_module(STAGE_MODULES[name]).run(here, workdir, mesh)
             rows.append([name, f"{time.monotonic() - began:.1f} s" if worked else "done before"])
-    record_run(workdir, configs.as_dict(cfg))  # only now: a stage that refuses today's configuration changes nothing
+    record_run(workdir, configs.as_dict(cfg), entry)  # only now: a stage that refuses today's configuration changes nothing
     table("time by stage", ["stage", "time"], rows)
     say(f"compiled {progress.compiled.total()} programs in {progress.compile_seconds:.0f} s; everything is in {workdir}")
 
@@ -156,7 +160,7 @@ def main(argv: list[str]) -> None:
         "export": {"workdir": WORKDIR, "model": MODEL, "out": OUT},
     }
     if len(argv) != 2 or argv[1] not in needed:
-        raise app.UsageError(f"wanted `cai run`, `cai compile` or `cai export`, got arguments {argv[1:]}")
+        raise app.UsageError(f"wanted `cai run`, `cai compile`, `cai export` or `cai constitution`, got arguments {argv[1:]}")
     if missing := [f"--{name}" for name, flag in needed[argv[1]].items() if not flag.value]:
         raise app.UsageError(f"cai {argv[1]} needs {' and '.join(missing)}")
     logging.set_verbosity(logging.WARNING)  # orbax reports every file it writes

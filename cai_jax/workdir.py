@@ -167,15 +167,16 @@ def _open_run(workdir: Path) -> str:
     return token
 
 
-def begin_run(workdir: Path, config: dict) -> None:
+def begin_run(workdir: Path, config: dict, entry: dict | None) -> None:
     """Records the first start of a run."""
     if not (workdir / "config.json").exists():
-        record_run(workdir, config)
+        record_run(workdir, config, entry)
 
 
-def record_run(workdir: Path, config: dict) -> None:
-    """The resolved configuration, the seed and the versions that this run's files come from."""
-    write_json(workdir / "manifest.json", versions() | {"seed": config["seed"]})
+def record_run(workdir: Path, config: dict, entry: dict | None) -> None:
+    """The resolved configuration, the seed, the versions that this run's files come from, and the entry of its constitution
+    in that one's change log."""
+    write_json(workdir / "manifest.json", versions() | {"seed": config["seed"], "constitution_entry": entry})
     write_json(workdir / "config.json", config)
 
 

@@ -122,5 +122,5 @@ def test_a_run_begins_without_a_right_to_the_bucket_itself(server, monkeypatch):
     place = files.folder_of("gs://bucket/runs/first")
     monkeypatch.setattr(type(place), "mkdir", refused)
     workdir.open_run(place)
-    workdir.begin_run(place, {"seed": 0})
+    workdir.begin_run(place, {"seed": 0}, None)
     assert inside(server, place) == ["config.json", "manifest.json"]

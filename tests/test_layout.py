@@ -37,6 +37,7 @@ TIER = {room: tier for tier, rooms in enumerate(TIERS) for room in rooms}
 SIBLINGS = (
     ("models.", "models."),
     ("constitution.", "constitution."),
+    ("constitution.commands", "prompts"),
     ("ahead.", "ahead."),
     ("miniworld.", "miniworld."),
     ("stages.", "evaluation"),

@@ -132,7 +132,7 @@ def test_changed_inputs_are_refused_with_the_difference(tmp_path, done):
 
 
 def test_a_run_records_configuration_seed_and_versions(tmp_path):
-    workdir.record_run(tmp_path, {"seed": 7, "sft": {"epochs": 2}})
+    workdir.record_run(tmp_path, {"seed": 7, "sft": {"epochs": 2}}, {"entry": 3, "hash": "abc"})
     assert files.read_json(tmp_path / "config.json") == {"seed": 7, "sft": {"epochs": 2}}
     manifest = files.read_json(tmp_path / "manifest.json")
     assert manifest["seed"] == 7 and manifest["python"] == sys.version.split()[0]

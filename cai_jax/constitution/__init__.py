@@ -84,11 +84,11 @@ def load(path: str | Path, exclude: Sequence[str] = (), *, templates: Mapping[st
     principles = _without(path, principles, exclude)
     merged = dict(templates) | doc.get("templates", {})
     priority = tuple(name for name in doc.get("priority", ()) if any(name in (p.id, p.category) for p in principles))
-    fingerprint = _fingerprint(principles, merged, priority)
+    fingerprint = fingerprint_of(principles, merged, priority)
     return Constitution(**labels, principles=principles, templates=merged, fingerprint=fingerprint, priority=priority)
 
 
-def _fingerprint(principles: Sequence[Principle], templates: Mapping[str, str], priority: Sequence[str]) -> str:
+def fingerprint_of(principles: Sequence[Principle], templates: Mapping[str, str], priority: Sequence[str]) -> str:
     rows = [{k: v for k, v in asdict(p).items() if (k, v) != ("weight", 1.0)} for p in principles]
     content = [sorted(rows, key=operator.itemgetter("id")), templates]
     return digest([*content, list(priority)] if priority else content)
