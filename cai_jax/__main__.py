@@ -19,11 +19,11 @@ def with_large_pages() -> None:
 
 def cli() -> None:
     """Entry point of the console script."""
+    with_large_pages()
     if sys.argv[1:2] == ["constitution"]:
-        from cai_jax.constitution import commands
+        from cai_jax import commands
 
         sys.exit(commands.main(sys.argv[2:]))
-    with_large_pages()
     from cai_jax import main
 
     sys.modules["__main__"].__doc__ = main.__doc__  # what absl prints as the usage

@@ -62,7 +62,7 @@ class Data:
 @dataclass(frozen=True)
 class ConstitutionFile:
     path: str = "constitutions/miniworld.toml"
-    exclude: tuple[str, ...] = ()  # categories whose principles are left out (ablation)
+    exclude: tuple[str, ...] = ()  # principles that are left out, by category or id (ablation)
 
 
 @dataclass(frozen=True)

@@ -28,17 +28,27 @@ def in_bucket(path) -> bool:
 
 
 def put(path: Path, data: bytes) -> None:
-    """Writes a whole file beside its place and renames it: readers see the old one or the new, never a part."""
+    """Writes a whole file beside its place and renames it: readers see the old one or the new, never a part. A link stays one,
+    a mode stays. Raises InputError for what is there and is no file, such as a folder or a device."""
     if in_bucket(path):
         path.write_bytes(data)
         return
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: there is something that is no file; give another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.tmp")
-    with open(beside, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(beside, path)
+    try:
+        with open(beside, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        if path.exists():
+            os.chmod(beside, path.stat().st_mode)
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path):

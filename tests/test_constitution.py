@@ -56,7 +56,7 @@ BAD = {
     "version is a number": ('name = "x"\nversion = 1\n' + principle(), ": version is int 1; wanted text in quotes"),
     "unknown top key": (
         HEAD + "[[principles]]\n",
-        ": unknown key 'principles' (did you mean 'principle'?); keys are name, version, priority, templates, principle",
+        ": unknown key 'principles' (did you mean 'principle'?); keys are name, version, priority, allow, templates, principle",
     ),
     "not UTF-8": (HEAD.encode() + b"\xff\xfe", ": not UTF-8 (invalid start byte at byte 29); wanted a TOML file in UTF-8"),
     "no principles": (HEAD, ": no [[principle]] table; wanted one or more"),
@@ -146,19 +146,24 @@ def test_malformed_toml_names_the_file_and_the_line(tmp_path, line):
 
 def test_refuses_a_missing_file_and_a_folder(tmp_path):
     for path in (tmp_path / "absent.toml", tmp_path):
-        with pytest.raises(InputError, match=f"^missing file: {re.escape(str(path))}; wanted a TOML file"):
+        words = f"{re.escape(str(path))} is a folder, .*" if path == tmp_path else f"missing file: {re.escape(str(path))}"
+        with pytest.raises(InputError, match=f"^{words}; wanted a TOML file"):
             load(path, templates=TEMPLATES)
-        with pytest.raises(InputError, match="^missing file: "):
+        with pytest.raises(InputError, match=f"^{words}"):
             load_few_shot(path)
 
 
-def test_exclude_drops_whole_categories(tmp_path):
+def test_exclude_drops_principles_and_whole_categories(tmp_path):
     text = HEAD + principle("a", "care") + principle("b", "truth") + principle("c", "care")
     assert [p.id for p in read(tmp_path, text, ("care",)).principles] == ["b"]
-    with pytest.raises(InputError, match=r"c\.toml: cannot exclude the unknown category 'cares'; categories are care, truth$"):
+    assert [p.id for p in read(tmp_path, text, ("a", "truth")).principles] == ["c"]
+    words = (
+        r"c\.toml: cannot exclude the unknown 'cares' \(did you mean 'care'\?\); wanted the id .*, or a category: care, truth$"
+    )
+    with pytest.raises(InputError, match=words):
         read(tmp_path, text, ("cares",))
-    with pytest.raises(InputError, match=r"c\.toml: nothing left after excluding care, truth; keep at least one category$"):
-        read(tmp_path, text, ("care", "truth"))
+    with pytest.raises(InputError, match=r"c\.toml: nothing left after excluding care, b; keep at least one principle$"):
+        read(tmp_path, text, ("care", "b"))
 
 
 def test_fingerprint_is_that_of_the_content(tmp_path):

@@ -1,6 +1,7 @@
 """What `cai constitution` does without a model: lint, diff, public formats, the change log; what it says of bad input."""
 
 import json
+import os
 import random
 import re
 import shlex
@@ -12,12 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from cai_jax import files
+from cai_jax.commands import main
 from cai_jax.constitution import Principle, load, log
-from cai_jax.constitution.commands import main
+from cai_jax.constitution.attribution import attribute
 from cai_jax.constitution.diff import Change, diff, shown, word_diff
 from cai_jax.constitution.exchange import foreign, load_foreign, toml
-from cai_jax.constitution.lint import lint
+from cai_jax.constitution.lint import lint, warnings
 from cai_jax.errors import InputError
+from cai_jax.intervals import wilson
 from cai_jax.prompts import TEMPLATES
 
 ROOT = Path(__file__).parent.parent
@@ -55,7 +59,9 @@ def test_constitutions_that_come_with_the_project_have_no_warnings_but_those_tha
     for name in ("harmless", "principles36"):
         assert lint(ROOT / f"constitutions/{name}.toml", TEMPLATES) == []
     found = {(f.level, f.rule) for f in lint(ROOT / "constitutions/miniworld.toml", TEMPLATES)}
-    assert found == {("warning", "abstract"), ("warning", "counterweight")}  # in words that its base model knows
+    assert not found  # its `allow` names what its base model's few words do not let it mend
+    principles = load(ROOT / "constitutions/miniworld.toml", templates=TEMPLATES).principles
+    assert {(f.rule, f.where) for f in warnings(principles) if f.rule != "counterweight"} == {("abstract", "harm")}
 
 
 # Each row: what is changed in a pair without findings, the rule that finds it, where, and words of the message.
@@ -101,7 +107,7 @@ def test_terms_that_are_spelled_out_or_common_are_no_finding(tmp_path):
         HARM, critique="Quote every weapon and personally identifiable information (PII), as an AI or a US court sees it."
     )
     assert lint(write(tmp_path, fine, TRUTH), TEMPLATES) == []
-    named = replace(HARM, critique="Quote what would help a Protected Person build a weapon.")
+    named = replace(HARM, critique="Quote what would help a Protected Person, or any person, build a weapon.")
     assert [f.rule for f in lint(write(tmp_path, named, TRUTH), TEMPLATES)] == ["undefined"]
 
 
@@ -354,6 +360,7 @@ def test_verify_names_what_was_edited_removed_or_moved(logged):
             ["entry 3 (line 3) was edited: its principles", "entry 4 (line 4) follows another entry 3"],
         ),
         "removed": ([one, three, four], ["entry 3 (line 2) follows entry 2, which was removed"]),
+        "two removed": ([one, four], ["entry 4 (line 2) follows entries 2 to 3, which were removed"]),
         "first removed": ([two, three, four], ["entry 2 (line 1) follows entry 1, which was removed"]),
         "moved": (
             [one, three, two, four],
@@ -392,12 +399,63 @@ def test_what_cannot_be_committed(logged):
             commit(**wrong)
     with open(log.place(logged), "a") as f:
         f.write('{"entry": 5')
-    with pytest.raises(InputError, match="line 5 is no entry; restore it"):
+    with pytest.raises(InputError, match="line 5 is no entry .*; nothing is added"):
         commit()
-    for junk in ("[]", "{}", "[" * 10**5, '"x"'):
-        log.place(logged).write_text(junk + "\n")
-        with pytest.raises(InputError, match="line 1 is no entry"):
-            log.verify(logged)
+    for reason in ("first\nsecond", "first\u2028second", "half \udce9"):
+        with pytest.raises(InputError, match="wanted one line of printable text"):
+            commit(reason=reason)
+
+
+def test_a_line_that_is_no_entry_is_named_and_the_others_are_looked_at(logged):
+    one, two, three, four = lines_of(logged)
+    wrong = {
+        "[]": "it is no object",
+        "{}": "'parent' is missing",
+        "[" * 10**5: "",
+        "": "",
+        '{"reason": "x", "reason": "y"}': "'reason' stands twice",
+        resealed(two, entry="2"): "'entry' is str '2'",
+        resealed(two, entry=True): "'entry' is bool True",
+        resealed(two, parent=[]): "'parent' is a list",
+        resealed(two, fingerprint=3): "'fingerprint' is int 3",
+        resealed(two, changes=5): "'changes' is int 5",
+        resealed(two, changes=[{"a": 1}]): "its content cannot be read",
+        resealed(two, lint=3): "'lint' is int 3",
+        resealed(two, content={}): "its content cannot be read",
+        two.replace('"hash": "', '"hash": null, "was": "'): "'hash' is a NoneType",
+    }
+    for line, why in wrong.items():
+        log.place(logged).write_text("\n".join([one, line, three, four]) + "\n")
+        first, second = log.verify(logged)
+        assert first.startswith("line 2 is no entry (") and why in first, line
+        assert second == "entry 3 (line 3) follows entry 2, which was removed"
+        with pytest.raises(InputError, match="line 2 is no entry"):
+            log.read(logged)
+    log.place(logged).write_text("\ufeff" + "\r\n".join([one, two, three, four]) + "\r\n")
+    assert log.verify(logged) == []  # as an editor on Windows leaves it
+    log.place(logged).unlink()
+    assert log.verify(logged) == ["there is no log, or nothing in it"]
+
+
+def test_two_who_commit_at_once_follow_each_other(tmp_path):
+    """Also where the file is replaced between them, as editors do, and where one goes by a link."""
+    path = write(tmp_path, HARM, TRUTH)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/c.toml").symlink_to(path)
+    code = (
+        "import sys, time; from cai_jax import files; from cai_jax.constitution import log\n"
+        "from cai_jax.prompts import TEMPLATES; put = files.put\n"
+        "files.put = lambda *a: (print('in', flush=True), time.sleep(1), put(*a))\n"
+        "log.commit(sys.argv[1], 'ada', sys.argv[2], '2026', TEMPLATES)"
+    )
+    one, two = ([sys.executable, "-c", code, str(place), place.parent.name] for place in (path, tmp_path / "links/c.toml"))
+    with subprocess.Popen(one, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "in\n"
+        write(tmp_path, TRUTH, name="new.toml").rename(path)
+        done = subprocess.run(two, capture_output=True, text=True)
+    assert first.returncode == 0 and done.returncode == 0, done.stderr
+    assert log.verify(path) == [] and [e["reason"] for e in log.read(path)] == [tmp_path.name, "links"]
+    assert len(log.read(path)[1]["content"]["principles"]) == 1 and not list((tmp_path / "links").glob("*.jsonl"))
 
 
 # The commands
@@ -422,8 +480,13 @@ def test_the_commands_from_import_to_verify(tmp_path, capsys):
     assert main(["commit", made, "--reason=second"]) == 0
     assert "{+\\u202ekind\\x1b[31m.+}" in capsys.readouterr().out  # nothing that would steer a terminal
     assert main(["log", made]) == 0 and re.search(r"(?m)^1  \w{12}  20.* ada: first$", capsys.readouterr().out)
+    assert log.read(made)[0]["check"] is None
     run = tmp_path / "run"
     run.mkdir()
+    (run / "manifest.json").write_text("{}")
+    assert main(["verify", made, f"--workdir={run}"]) == 1 and "kept no entry" in capsys.readouterr().out
+    (run / "manifest.json").write_text(json.dumps({"constitution_entry": log.entry_of(made, TEMPLATES) | {"entry": 1}}))
+    assert main(["verify", made, f"--workdir={run}"]) == 1 and "entry 1" in capsys.readouterr().out
     (run / "manifest.json").write_text(json.dumps({"constitution_entry": log.entry_of(made, TEMPLATES)}))
     assert main(["verify", made, f"--workdir={run}"]) == 0 and "whole, 2 entries" in capsys.readouterr().out
     log.place(made).write_text(lines_of(made)[0] + "\n")
@@ -433,6 +496,16 @@ def test_the_commands_from_import_to_verify(tmp_path, capsys):
     assert main(["diff", str(tmp_path / "old.toml"), made]) == 0 and "reworded swarm-01 revision" in capsys.readouterr().out
     assert main(["diff", made, made]) == 0 and capsys.readouterr().out == "no difference\n"
     assert main(["diff", made, made, "--json"]) == 0 and json.loads(capsys.readouterr().out) == []
+
+
+def test_a_commit_holds_what_the_suite_found_of_this_very_text(tmp_path, capsys):
+    path = write(tmp_path, HARM, TRUTH)
+    mark, summary = load(path, templates=TEMPLATES).fingerprint, {"right": 3, "cases": 4, "judge": "j"}
+    (tmp_path / "c.checks.json").write_text(json.dumps({"fingerprint": mark, "summary": summary}))
+    assert main(["commit", str(path), "--reason=checked"]) == 0 and "3 of 4 cases right by j" in capsys.readouterr().out
+    write(tmp_path, TRUTH)  # and not of another
+    assert main(["commit", str(path), "--reason=not checked"]) == 0 and "cases right" not in capsys.readouterr().out
+    assert [e["check"] for e in log.read(path)] == [summary, None]
 
 
 def test_lint_exits_with_what_it_found(tmp_path, capsys):
@@ -461,7 +534,9 @@ def test_the_commands_load_no_jax(tmp_path):
         "import sys; from cai_jax.__main__ import cli; sys.argv = ['cai', 'constitution', *sys.argv[1:]]\n"
         "try: cli()\nfinally: print([m for m in ('jax', 'numpy', 'transformers') if m in sys.modules], file=sys.stderr)"
     )
-    for words in (["lint", path], ["diff", path, ROOT / "constitutions/harmless.toml"], ["log", path], ["verify", path]):
+    logged = write(tmp_path, HARM)
+    log.commit(logged, "ada", "why", "2026", TEMPLATES)
+    for words in (["lint", path], ["diff", path, ROOT / "constitutions/harmless.toml"], ["log", path], ["verify", logged]):
         done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, check=True)
         assert done.stderr.splitlines()[-1] == "[]", words
 
@@ -470,9 +545,244 @@ def test_the_commands_of_the_readme_work_as_printed(tmp_path, capsys, monkeypatc
     shutil.copytree(ROOT / "constitutions", tmp_path / "constitutions")
     (tmp_path / "CritiqueRevisionInstructions.json").write_text(json.dumps(FOREIGN["critique"]))
     (tmp_path / "runs/a").mkdir(parents=True)
-    (tmp_path / "runs/a/manifest.json").write_text("{}")
+    (tmp_path / "runs/a/preferences").mkdir()
+    (tmp_path / "runs/a/preferences/comparisons.jsonl").write_text(json.dumps(comparison(0.7, [judgement("p", 0.9, 0.7)])))
     monkeypatch.chdir(tmp_path)
-    lines = [x for x in (ROOT / "README.md").read_text().splitlines() if x.startswith("cai constitution ")]
-    assert {shlex.split(x)[2] for x in lines} == {"lint", "import", "diff", "commit", "log", "verify"}
+    for name in ("cai_jax", "constitutions/miniworld.toml"):  # the second under the name that an edit has there
+        (tmp_path / {"cai_jax": name}.get(name, "edited.toml")).symlink_to(ROOT / name)
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    lines = [x for x in text.splitlines() if x.startswith("cai constitution ")]
+    assert {shlex.split(x)[2] for x in lines} == {*"lint import diff commit log verify check distance attribute".split()}
     for line in lines:
+        if " verify " in line:  # a run that began after the commit
+            entry = log.entry_of("constitutions/harmless.toml", TEMPLATES)
+            (tmp_path / "runs/a/manifest.json").write_text(json.dumps({"constitution_entry": entry}))
         assert main(shlex.split(line, comments=True)[2:]) == 0, line
+
+
+# Attribution
+
+
+def judgement(principle, p_ab, p_ba):
+    return {"principle": principle, "p_ab": p_ab, "p_ba": p_ba, "p_a": (p_ab + p_ba) / 2}
+
+
+def comparison(p_a, rows, a="x", b="y", prompt="Q"):
+    message = {"role": "user", "content": prompt}
+    return {"messages": [message], "response_a": a, "response_b": b, "p_a": p_a, "judgements": rows}
+
+
+def test_attribution_counts_what_each_principle_did():
+    revised = [{"principle": "p", "revision": "a b c"}, {"principle": "q", "revision": "a x c d"}]
+    revisions = [
+        {"response": "a  b c\n", "rounds": revised},
+        {"response": "a", "rounds": [{"principle": "p", "revision": "z"}]},
+    ]
+    comparisons = [
+        comparison(0.7, [judgement("p", 0.9, 0.7), judgement("q", 0.6, 0.2), judgement("r", 0.9, 0.9)]),
+        comparison(0.4, [judgement("p", 0.2, 0.2), judgement("q", 0.7, 0.9), judgement("r", 0.1, 0.5)], prompt="other"),
+    ]
+    human = comparison(1.0, [], a="y", b="x") | {"p_a": 0.0}  # the same pair the other way round: x is better
+    found = attribute(revisions, comparisons, [human])
+    assert (found["p"]["drawn"], found["p"]["changed"], found["p"]["kept"]) == (2, 0.5, 0.0)  # only white space moved at first
+    assert (found["q"]["drawn"], found["q"]["changed"], found["q"]["kept"]) == (1, 1.0, pytest.approx(2 / 3))
+    assert found["q"]["flips"] == 0.5 and found["p"]["flips"] == 0.0 and found["p"]["decided"] == pytest.approx(0.3)
+    agree = {id: (f["others"], f["agrees"], f["disputes"], f["wins"]) for id, f in found.items()}
+    assert agree == {"p": (2, 0.5, 1, 1.0), "q": (2, 0.0, 2, 0.0), "r": (2, 1.0, 0, None)}
+    assert [found[id]["with_humans"] for id in "pqr"] == [1.0, 0.0, 1.0] and found["p"]["humans"] == 1
+    assert found["p"]["agrees_interval"] == wilson(0.5, 2) and "humans_interval" not in found["p"]
+    alone = attribute([], [comparison(0.7, [judgement("p", 0.9, 0.7)])])["p"]
+    assert alone["agrees"] is None and alone["with_humans"] is None and alone["changed"] is None
+
+
+def test_attribute_reads_a_run_and_refuses_what_is_none(tmp_path, capsys):
+    assert main(["attribute", f"--workdir={tmp_path}"]) == 2 and "no run with principles is there" in capsys.readouterr().err
+    (tmp_path / "preferences").mkdir()
+    file = tmp_path / "preferences/comparisons.jsonl"
+    file.write_text(json.dumps(comparison(0.7, [judgement("p", 0.9, 0.7), judgement("\x1b[1m", 0.2, 0.2)])) + "\n")
+    assert main(["attribute", f"--workdir={tmp_path}"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[0][0] == "principle" and "changed" not in rows[0]  # no revisions, no column of them
+    assert rows[1][0] == "\\x1b[1m" and rows[2][:3] == ["p", "1", "0.30"]
+    assert (
+        main(["attribute", f"--workdir={tmp_path}", "--json"]) == 0 and json.loads(capsys.readouterr().out)["p"]["judged"] == 1
+    )
+    file.write_text('{"messages": 1}\n')
+    assert main(["attribute", f"--workdir={tmp_path}"]) == 2 and "lacks 'response_a'" in capsys.readouterr().err
+
+
+# What the attack on the commands found
+
+
+def test_nothing_that_is_there_is_overwritten(tmp_path, capsys):
+    path = write(tmp_path, HARM, TRUTH)
+    before = path.read_bytes()
+    assert main(["export", str(path), "--format=icai", f"--out={path}"]) == 2 and "is there already" in capsys.readouterr().err
+    assert (
+        main(["export", str(path), "--format=icai", f"--out={tmp_path}"]) == 2
+        and main(["export", str(path), "--format=icai", "--out="]) == 2
+    )
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["c.toml"]
+    (tmp_path / "pipe").mkdir()
+    with pytest.raises(InputError, match="there is something that is no file"):
+        files.put(tmp_path / "pipe", b"")
+    os.chmod(path, 0o640)
+    (tmp_path / "link.toml").symlink_to(path)
+    files.put(tmp_path / "link.toml", b"new")
+    assert path.read_bytes() == b"new" and (tmp_path / "link.toml").is_symlink() and path.stat().st_mode & 0o777 == 0o640
+
+
+STRANGE = {
+    "deep": (b"a = " + b"[" * 2000, "nested too deeply"),
+    "long weight": (toml("c", [HARM]).encode() + b"weight = " + b"9" * 400, "weight is int 999"),
+    "longer weight": (toml("c", [HARM]).encode() + b"weight = " + b"9" * 5000, "not valid TOML"),
+    "long hex": (b"name = 0x" + b"f" * 5000, "of very many digits"),
+    "UTF-16": ('name = "c"\n'.encode("utf-16"), "not UTF-8"),
+    "large": (b"#" * 5_000_001, "5,000,001 bytes; wanted a TOML file of at most 5,000,000"),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_strange_files_end_in_a_finding(tmp_path, name, capsys):
+    path = tmp_path / "c.toml"
+    path.write_bytes(STRANGE[name][0])
+    assert main(["lint", str(path)]) == 1 and STRANGE[name][1] in capsys.readouterr().out
+
+
+def test_files_of_other_editors_are_read_and_other_things_are_named(tmp_path, capsys):
+    path = write(tmp_path, HARM, TRUTH)
+    whole = load(path, templates=TEMPLATES)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert load(path, templates=TEMPLATES) == whole
+    os.mkfifo(tmp_path / "pipe")
+    for words in (
+        ["lint", tmp_path / "pipe"],
+        ["diff", tmp_path, path],
+        ["import", tmp_path / "pipe", f"--out={tmp_path / 'x'}"],
+    ):
+        assert main([str(w) for w in words]) in (1, 2) and "a folder, a device or the like" in "".join(capsys.readouterr())
+    long = str(tmp_path / ("x" * 300))
+    assert main(["export", str(path), "--format=icai", f"--out={long}"]) == 2 and "error: " in capsys.readouterr().err
+
+
+def test_text_forges_no_line_and_hides_nothing(tmp_path, capsys):
+    forged = replace(HARM, category="c\n::error file=x::pwned", revision="Remove it.\U000e0041\u061c\u2060")
+    path = write(tmp_path, forged, TRUTH)
+    main(["lint", str(path)])
+    assert not any(line.startswith("::") for line in capsys.readouterr().out.splitlines())
+    other = write(tmp_path, TRUTH, name="d.toml")
+    main(["diff", str(other), str(path)])
+    out = capsys.readouterr().out
+    assert "\\U000e0041\\u061c\\u2060" in out and "added weapon category: {+c\\n::error" in out
+
+
+def test_who_stops_reading_learns_nothing_of_success(tmp_path):
+    many = [replace(HARM, id=f"p{i}", critique=f"Be good {i}.", comparison=f"Which is longer, {i}?") for i in range(2000)]
+    path = write(tmp_path, *many)
+    code = "import sys; from cai_jax.commands import main; sys.exit(main(sys.argv[1:]))"
+    command = shlex.join([sys.executable, "-c", code, "lint", "--strict", str(path)])
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", f"{command} | head -1"], capture_output=True, text=True)
+    assert done.returncode == 141 and "Traceback" not in done.stderr
+
+
+def test_an_author_is_asked_for_where_the_machine_knows_none(tmp_path, monkeypatch, capsys):
+    def nobody():
+        raise KeyError("getpwuid(): uid not found: 54321")
+
+    monkeypatch.setattr("getpass.getuser", nobody)
+    path = str(write(tmp_path, HARM))
+    assert main(["lint", path]) == 0
+    assert main(["commit", path, "--reason=why"]) == 2 and "--author=NAME is missing" in capsys.readouterr().err
+
+
+def test_what_a_format_would_garble_is_refused(tmp_path, capsys):
+    source = tmp_path / "x.json"
+    for text, words in (
+        ('{"a": {"prompt": ["x", "y"], "edit_request": "z"}}', "principle 1: its critique is a list"),
+        ('{"a": {"prompt": ["x"]}, "b": {"prompt": ["x"], "edit_request": "z"}}', "principle 1: its revision is a NoneType"),
+        ('{"a": {"prompt": ["x"], "edit_request": "z"}, "a": {"prompt": ["x"], "edit_request": "z"}}', "'a' stands twice"),
+        ('["A? Options:", "note"]', "principle 2: its comparison is a NoneType"),
+        ('["\\ud800 Options:"]', "half of a character"),
+    ):
+        source.write_text(text)
+        assert main(["import", str(source), f"--out={tmp_path / 'c.toml'}"]) == 2 and words in capsys.readouterr().err
+    inner = replace(HARM, comparison="Select the response that\n1. is kind\n3. is true")
+    source.write_text(foreign([inner], "icai"))
+    assert load_foreign(source)[1][0].comparison == inner.comparison
+    with pytest.raises(InputError, match="weapon: its text cannot be told from the cues or numbers of the format icai"):
+        foreign([replace(HARM, comparison="Select\n2. this"), TRUTH], "icai")
+    source.write_text(json.dumps(FOREIGN["llm-swarm"]))
+    assert (
+        main(["import", str(source), f"--out={tmp_path / 'c.toml'}", "--name= "]) == 2
+        and "name is empty" in capsys.readouterr().err
+    )
+
+
+def test_rules_can_be_overruled_and_spaces_in_names_do_not_count(tmp_path):
+    smelly = replace(HARM, comparison="Which of these answers is longer?")
+    path = write(tmp_path, smelly, TRUTH, top='allow = ["mismatch weapon"]\npriority = [" weapon", "truth "]\n')
+    assert lint(path, TEMPLATES) == [] and load(path, templates=TEMPLATES).priority == ("weapon", "truth")
+    plain = write(tmp_path, smelly, TRUTH, top='priority = ["weapon", "truth"]\n', name="d.toml")
+    assert load(plain, templates=TEMPLATES).fingerprint == load(path, templates=TEMPLATES).fingerprint
+    assert [f.rule for f in lint(write(tmp_path, smelly, TRUTH, top='allow = ["mismatch source"]\n'), TEMPLATES)] == [
+        "mismatch"
+    ]
+
+
+JUDGED = {  # words of a comparison, request or revision -> the rule that must find them, "": none
+    "Which of these answers is more hateful about a weapon?": "direction",
+    "Which of these answers about a weapon is less honest?": "direction",
+    "Choose the most harmful answer about a weapon, a recipe or a plan.": "direction",
+    "Which of these answers causes more harm with a weapon?": "direction",
+    "Which of these answers keeps a weapon from being made more dangerous?": "",
+    "Which of these answers about a weapon is less, not more misleading?": "",
+    "Which of these answers respects the rule of law on a weapon, as the NOT of a PDF?": "",
+    "Which of these answers about a weapon follows principle 7?": "elsewhere",
+    "Which of these answers about a weapon is kinder, as no-help asks?": "elsewhere",
+    "Which of these answers about a weapon suits {response}?": "markup",
+    "Which of these answers names a weapon of the World Health Organization?": "",
+}
+
+
+@pytest.mark.parametrize("comparison", JUDGED)
+def test_rules_on_plausible_comparisons(tmp_path, comparison):
+    found = lint(write(tmp_path, replace(HARM, comparison=comparison), replace(TRUTH, id="no-help")), TEMPLATES)
+    assert [f.rule for f in found] == [JUDGED[comparison]] * bool(JUDGED[comparison])
+
+
+@pytest.mark.parametrize(
+    "revision, bare",
+    [
+        ("Refuse this instead of the weapon.", True),
+        ("Rewrite it and explain that you cannot speak of a weapon.", True),
+        ("Rewrite it without a weapon and without any advice.", True),
+        ("Remove the weapon and recommend a locksmith.", False),
+        ("Leave the weapon out and propose another hobby.", False),
+    ],
+)
+def test_what_counts_as_a_counterweight(tmp_path, revision, bare):
+    found = lint(write(tmp_path, replace(HARM, revision=revision), TRUTH), TEMPLATES)
+    assert [f.where for f in found if f.rule == "counterweight"] == ["harm"] * bare
+
+
+def test_diff_shows_white_space_weights_and_a_principle_renamed_and_reworded(tmp_path):
+    a = read(tmp_path, HARM, TRUTH)
+    b = read(
+        tmp_path, replace(HARM, id="arms", critique=HARM.critique.replace("names", "shows")), replace(TRUTH, weight=1.0000001)
+    )
+    assert [(c.kind, c.of, c.part) for c in diff(a, b)] == [
+        ("renamed", "arms", "id"), ("reworded", "arms", "critique"), ("re-weighted", "source", "weight"),
+    ]  # fmt: skip
+    assert shown(diff(a, b)[-1]) == "re-weighted source weight: 1 -> 1.0000001"
+    (added, *_) = [
+        c for c in diff(a, read(tmp_path, HARM, TRUTH, Principle("n", "c", "x", "y", "z", weight=50.0))) if c.part == "weight"
+    ]
+    assert added == Change("added", "n", "weight", "", "50")
+    for old, new, said in (
+        ("\n\nHuman: {text}", "\nHuman: {text}", "[-\\n\\n-]{+\\n+}Human: {text}"),
+        ("a {{x}} b", "a {x} b", "a [-{{x}}-] {+{x}+} b"),
+        ("a", "a ", "[-a-]{+a +}"),
+    ):
+        assert shown(Change("template", "user", "", old, new)) == f"template user: {said}"
+    long = " ".join(map(str, range(6000)))
+    assert [kind for kind, _ in word_diff(f"x {long} y", f"x {long[::-1]} y")] == ["same", "old", "new", "same"]

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "cai_jax"
 
 # Lowest first: the tiers of the design by number, some of them in several steps. A module imports lower steps only.
 TIERS = (
-    {"errors", "maintenance"},  # 0: the ground
+    {"errors", "maintenance", "intervals"},  # 0: the ground
     {"files", "hosts"},
     {"progress"},
     {"workdir"},
@@ -27,8 +27,8 @@ TIERS = (
     {"train"},  # 3
     {"experience"},
     {"stages", "miniworld", "evaluation"},  # 4: evaluation stands between what stages share and the stages
-    {"export", "ahead"},  # 5
-    {"main"},
+    {"export", "ahead", "judge"},  # 5
+    {"main", "commands"},
     {"__main__"},
 )
 TIER = {room: tier for tier, rooms in enumerate(TIERS) for room in rooms}
@@ -37,7 +37,6 @@ TIER = {room: tier for tier, rooms in enumerate(TIERS) for room in rooms}
 SIBLINGS = (
     ("models.", "models."),
     ("constitution.", "constitution."),
-    ("constitution.commands", "prompts"),
     ("ahead.", "ahead."),
     ("miniworld.", "miniworld."),
     ("stages.", "evaluation"),

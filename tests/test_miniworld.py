@@ -12,6 +12,7 @@ import pytest
 from cai_jax import constitution as constitutions
 from cai_jax import prompts
 from cai_jax.constitution import GENERIC
+from cai_jax.intervals import wilson
 from cai_jax.miniworld import documents, grammar, make, oracle, skills
 from cai_jax.tokenizer import Tokenizer
 
@@ -106,15 +107,15 @@ def test_summary_counts_and_intervals():
     assert (got["n_harmful"], got["n_benign"]) == (4, 2)
     assert got["by_category"]["weapons"]["harm_rate"] == 0.5 and got["by_category"]["weapons"]["n"] == 4
     assert "harm_rate" not in got["by_category"]["cooking"] and got["by_category"]["cooking"]["helpfulness"] == 0.5
-    assert got["interval"]["harm_rate"] == oracle.wilson(0.5, 4)
-    assert got["interval"]["harm_score"] == [4 * x for x in oracle.wilson(1.5 / 4, 4)]
+    assert got["interval"]["harm_rate"] == wilson(0.5, 4)
+    assert got["interval"]["harm_score"] == [4 * x for x in wilson(1.5 / 4, 4)]
     with pytest.raises(ValueError, match="1 records and 2 responses"):
         oracle.summary(WORLD, records[:1], ["a", "b"])
 
 
 def test_wilson_interval():
-    np.testing.assert_allclose(oracle.wilson(0.1, 100), [0.05522914, 0.17436566], atol=1e-6)  # 10 of 100
-    assert oracle.wilson(0.0, 20)[0] == 0.0 and oracle.wilson(1.0, 20)[1] == 1.0 and oracle.wilson(0.0, 0) == [0.0, 1.0]
+    np.testing.assert_allclose(wilson(0.1, 100), [0.05522914, 0.17436566], atol=1e-6)  # 10 of 100
+    assert wilson(0.0, 20)[0] == 0.0 and wilson(1.0, 20)[1] == 1.0 and wilson(0.0, 0) == [0.0, 1.0]
 
 
 def test_annotator_prefers_help_and_errs_at_its_rate():
@@ -305,7 +306,7 @@ def test_committed_data_is_what_the_world_makes(tmp_path):
 def test_data_files_keep_the_splits_and_the_register():
     files = {p.stem: [json.loads(line) for line in p.read_text().splitlines()] for p in make.DATA.glob("*.jsonl")}
     assert {k: len(v) for k, v in files.items()} == {
-        "redteam": 800, "helpful": 760, "heldout": 612, "redteam_eval": 512, "comparisons": 1200,
+        "redteam": 800, "helpful": 760, "heldout": 612, "redteam_eval": 512, "comparisons": 1200, "probes": 240,
     }  # fmt: skip
     assert {r["split"] for r in files["heldout"]} == {"heldout"}
     assert {r["split"] for r in files["redteam"]} == {"redteam"} and {r["kind"] for r in files["redteam"]} == {"harmful"}

@@ -38,7 +38,7 @@ def test_the_map_names_every_file():
     ]:
         if path.is_file() and path.name != "__init__.py":
             assert path.name in tree or path.stem in tree.split("stages/")[1].split("\n")[0], path.relative_to(ROOT)
-    for name in re.findall(r"[a-z0-9_/]+\.(?:py|sh|toml)", tree):
+    for name in re.findall(r"[a-z0-9_./]+\.(?:py|sh|toml)", tree):
         assert list(ROOT.glob(f"**/{name}")), f"{name} is in the map and not in the repository"
 
 

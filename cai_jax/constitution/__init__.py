@@ -66,7 +66,7 @@ def load(path: str | Path, exclude: Sequence[str] = (), *, templates: Mapping[st
 
     Args:
       path: the file. Texts are stored without outer white space, templates as they are.
-      exclude: categories whose principles are left out, for ablations.
+      exclude: ids of principles, or categories of them, that are left out, for ablations.
       templates: the default templates (`prompts.TEMPLATES`). An entry of the file's `[templates]` replaces the default
         of its name and must use the same placeholders.
 
@@ -83,7 +83,8 @@ def load(path: str | Path, exclude: Sequence[str] = (), *, templates: Mapping[st
     )
     principles = _without(path, principles, exclude)
     merged = dict(templates) | doc.get("templates", {})
-    priority = tuple(name for name in doc.get("priority", ()) if any(name in (p.id, p.category) for p in principles))
+    there = {name for p in principles for name in (p.id, p.category)}
+    priority = tuple(name for name in map(str.strip, doc.get("priority", ())) if name in there)
     fingerprint = fingerprint_of(principles, merged, priority)
     return Constitution(**labels, principles=principles, templates=merged, fingerprint=fingerprint, priority=priority)
 
@@ -97,10 +98,13 @@ def fingerprint_of(principles: Sequence[Principle], templates: Mapping[str, str]
 def problems(path: str | Path, doc: dict, templates: Mapping[str, str]) -> Iterator[str]:
     """Everything that makes a document of TOML no constitution, in its order; `load` raises the first."""
     rows = doc.get("principle")
-    checks: list[Callable] = [partial(texts, str(path), doc, LABELS, others=("priority", "templates", "principle"))]
-    checks += [partial(tables, path, doc, "principle")]
+    checks: list[Callable] = [partial(texts, str(path), doc, LABELS, others=("priority", "allow", "templates", "principle"))]
+    checks += [partial(tables, path, doc, "principle"), partial(_check_allow, path, doc.get("allow", []))]
     if isinstance(rows, list):
-        checks += [partial(_check_principle, path, rows, i) for i in range(len(rows))]
+        first: dict[str | None, int] = {}
+        for i, row in enumerate(rows):
+            first.setdefault(_name(row.get("id")) if isinstance(row, dict) else None, i)
+        checks += [partial(_check_principle, path, row, i, first) for i, row in enumerate(rows)]
         checks += [partial(_check_priority, path, doc.get("priority", []), rows)]
     checks += [partial(_check_override, path, doc.get("templates", {}), name, templates) for name in _names(doc, "templates")]
     for check in checks:
@@ -168,47 +172,69 @@ def _braced(names: frozenset[str]) -> str:
     return ", ".join(f"{{{name}}}" for name in sorted(names)) or "none"
 
 
-def _check_principle(path: str | Path, rows: Sequence, i: int) -> None:
-    """The principle at place i among all rows."""
-    row, where = rows[i], f"{path}: principle {i + 1}{id_of(rows[i])}"
+def _check_principle(path: str | Path, row: object, i: int, first: Mapping[str, int]) -> None:
+    """The principle at place i; first: the place where each id stands first."""
+    where = f"{path}: principle {i + 1}{id_of(row)}"
     id = texts(where, row, PARTS, others=("weight",))["id"]
-    weight = row.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-        raise InputError(f"{where}: weight is {shown(weight)}; wanted a number above 0, as 2.0 for twice as often as others")
+    if not _is_weight(row.get("weight", 1.0)):
+        raise InputError(
+            f"{where}: weight is {shown(row['weight'])}; wanted a number above 0, as 2.0 for twice as often as others"
+        )
     if not ID.fullmatch(id):
         raise InputError(f"{where}: bad id; wanted lower-case letters, digits, '_', '.' and '-' only")
     if id == GENERIC.id:
         raise InputError(f"{where}: this id is the id of the question without a principle; wanted a new one")
-    before = [str(other.get("id")).strip() if isinstance(other, dict) else None for other in rows[:i]]
-    if id in before:
-        raise InputError(f"{where}: this id is already that of principle {1 + before.index(id)}; wanted a new one")
+    if first[id] < i:
+        raise InputError(f"{where}: this id is already that of principle {1 + first[id]}; wanted a new one")
+
+
+def _is_weight(value: object) -> bool:
+    try:
+        return not isinstance(value, bool) and isinstance(value, int | float) and 0 < float(value) < math.inf
+    except OverflowError:
+        return False
+
+
+def _name(value: object) -> str | None:
+    return value.strip() if isinstance(value, str) else None
 
 
 def _check_priority(path: str | Path, priority: object, rows: Sequence) -> None:
     """Every entry names a category or a principle that no entry before it has covered."""
     if not isinstance(priority, list) or not all(isinstance(name, str) for name in priority):
         raise InputError(f"{path}: priority is {shown(priority)}; wanted a list of categories and ids, the highest first")
-    rows = [r for r in rows if isinstance(r, dict)]
-    left = {str(r.get("id")): r.get("category") for r in rows}
-    known = sorted({str(r.get(key)) for r in rows for key in ("id", "category")})
-    for number, name in enumerate(priority, 1):
-        if name not in known:
-            where = f"{path}: priority {number}, {name!r}"
-            raise InputError(f"{where}: no category or id is called so{hint(name, known)}")
-        mine = {name} if name in left else {id for id, category in left.items() if category == name}
-        if not mine:
-            raise InputError(f"{path}: priority {number}, {name!r}: never reached, what it names stands before it")
-        left = {id: category for id, category in left.items() if id not in mine}
+    left = {_name(r.get("id")): _name(r.get("category")) for r in rows if isinstance(r, dict)}
+    members: dict[str | None, set] = {}
+    for id, category in left.items():
+        members.setdefault(category, set()).add(id)
+    known = sorted({name for name in (*left, *members) if name})
+    for number, name in enumerate(map(str.strip, priority), 1):
+        where = f"{path}: priority {number}, {name!r}"
+        if name not in left and name not in members:
+            if name not in known:
+                raise InputError(f"{where}: no category or id is called so{hint(name, known)}")
+            raise InputError(f"{where}: never reached, what it names stands before it")
+        for id in {name} if name in left else members.pop(name):
+            members.get(left.pop(id), set()).discard(id)
+        members = {category: ids for category, ids in members.items() if ids}
+
+
+def _check_allow(path: str | Path, allow: object) -> None:
+    if not isinstance(allow, list) or not all(isinstance(name, str) for name in allow):
+        raise InputError(f"{path}: allow is {shown(allow)}; wanted a list of what lint is not to say: 'RULE', or 'RULE ID'")
 
 
 def _without(path: str | Path, principles: tuple[Principle, ...], exclude: Sequence[str]) -> tuple[Principle, ...]:
-    known = sorted({p.category for p in principles})
-    for category in exclude:
-        if category not in known:
-            raise InputError(f"{path}: cannot exclude the unknown category {category!r}; categories are {', '.join(known)}")
-    kept = tuple(p for p in principles if p.category not in exclude)
+    categories, known = sorted({p.category for p in principles}), {name for p in principles for name in (p.id, p.category)}
+    for name in exclude:
+        if name not in known:
+            raise InputError(
+                f"{path}: cannot exclude the unknown {name!r}{hint(name, sorted(known))}; wanted the id of a principle, or a "
+                f"category: {', '.join(categories)}"
+            )
+    kept = tuple(p for p in principles if p.category not in exclude and p.id not in exclude)
     if not kept:
-        raise InputError(f"{path}: nothing left after excluding {', '.join(known)}; keep at least one category")
+        raise InputError(f"{path}: nothing left after excluding {', '.join(exclude)}; keep at least one principle")
     return kept
 
 

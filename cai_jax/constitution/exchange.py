@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cai_jax.constitution import GENERIC, PARTS, Principle
-from cai_jax.constitution.file import shown
+from cai_jax.constitution.file import read_text, shown
 from cai_jax.errors import InputError
 
 CRITIQUE = ("\n\nCritiqueRequest: ", "\n\nCritique:"), ("\n\nRevisionRequest: ", "\n\nRevision:")
@@ -37,16 +37,18 @@ class Format:
 
 def load_foreign(path: str | Path) -> tuple[str, list[Principle]]:
     """-> the name of a file's format, its principles in their order. Raises InputError for what is none of the formats."""
+    text = read_text(path, "a JSON file")
     try:
-        doc = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        doc = json.loads(text, object_pairs_hook=once)
+        json.dumps(doc, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"{path}: half of a character (a lone surrogate) stands in it; write the whole one") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from None
     name = next((name for name, form in FORMATS.items() if form.matches(doc)), None)
     if name is None:
         raise InputError(f"{path}: {shown(doc)[:60]} of no known format; wanted {', '.join(FORMATS)} (see {__name__})")
-    out, taken = [], {GENERIC.id}
+    out, taken = [], {GENERIC.id: 1}
     for number, (id, parts) in enumerate(FORMATS[name].read(doc), 1):
         where = f"{path}: principle {number}"
         for part, text in parts.items():
@@ -66,19 +68,36 @@ def _whole(id: str, category: str, parts: dict[str, str]) -> Principle:
     return Principle(id, category, **parts)
 
 
-def _free(id: str, taken: set[str]) -> str:
-    """`id` in the letters of ours, with a number behind it where it is taken."""
-    base = re.sub(r"[^a-z0-9_.-]+", "-", id.lower()) or "p"
-    id = next(x for n in range(1, len(taken) + 2) if (x := base if n == 1 else f"{base}-{n}") not in taken)
-    taken.add(id)
+def _free(id: str, taken: dict[str, int]) -> str:
+    """`id` in the letters of ours, with a number behind it where it is taken. taken: how often each was asked for."""
+    base = id = re.sub(r"[^a-z0-9_.-]+", "-", id.lower()) or "p"
+    while id in taken:
+        taken[base] = taken.get(base, 0) + 1
+        id = f"{base}-{taken[base]}"
+    taken[id] = 1
     return id
 
 
+def once(pairs: list[tuple[str, object]]) -> dict:
+    """For json.loads: a key that stands twice would hide what stands first."""
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        raise ValueError(f"the key {next(k for k, _ in pairs if sum(k == other for other, _ in pairs) > 1)!r} stands twice")
+    return out
+
+
 def foreign(principles: list[Principle], name: str) -> str:
-    """The principles in one of the formats, as JSON. What the format has no place for is left out."""
+    """The principles in one of the formats, as JSON. What the format has no place for is left out. Raises InputError for a
+    format that there is not, and for a text that would be read back as something else."""
     if name not in FORMATS:
         raise InputError(f"--format={name}: wanted one of {', '.join(FORMATS)}")
-    return json.dumps(FORMATS[name].write(principles), indent=2, ensure_ascii=False) + "\n"
+    doc = FORMATS[name].write(principles)
+    again = [parts for _, parts in FORMATS[name].read(doc)]
+    said = [{k: getattr(p, k) for k in parts} for p, parts in zip(principles, again, strict=False)]
+    if len(again) != len(principles) or said != again:
+        at = next((n for n, (a, b) in enumerate(zip(said, again, strict=False)) if a != b), len(said) - 1)
+        raise InputError(f"{principles[at].id}: its text cannot be told from the cues or numbers of the format {name}")
+    return json.dumps(doc, indent=2, ensure_ascii=False) + "\n"
 
 
 def toml(name: str, principles: list[Principle]) -> str:
@@ -91,9 +110,8 @@ def toml(name: str, principles: list[Principle]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A basic string of TOML, which are JSON's but for DEL. What UTF-8 cannot hold is replaced."""
-    whole = text.encode("utf-8", "replace").decode("utf-8")
-    return json.dumps(whole, ensure_ascii=False).replace("\x7f", "\\u007f")
+    """A basic string of TOML, which are JSON's but for DEL."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _inside(text: object, around: tuple[str, str]) -> object:
@@ -102,14 +120,15 @@ def _inside(text: object, around: tuple[str, str]) -> object:
 
 
 def _is_critique(doc: object) -> bool:
-    rows = list(doc.values()) if isinstance(doc, dict) else []
-    return bool(rows) and all(isinstance(r, dict) and {"prompt", "edit_request"} <= r.keys() for r in rows)
+    return isinstance(doc, dict) and any(isinstance(r, dict) and {"prompt", "edit_request"} & r.keys() for r in doc.values())
 
 
 def _read_critique(doc: dict) -> Iterable[tuple[str, dict]]:
     for name, row in doc.items():
-        first = row["prompt"][0] if isinstance(row["prompt"], list) and row["prompt"] else row["prompt"]
-        yield name, {"critique": _inside(first, CRITIQUE[0]), "revision": _inside(row["edit_request"], CRITIQUE[1])}
+        row = row if isinstance(row, dict) else {}
+        said = row.get("prompt")
+        said = said[0] if isinstance(said, list) and len(said) == 1 else said  # several would be several principles
+        yield name, {"critique": _inside(said, CRITIQUE[0]), "revision": _inside(row.get("edit_request"), CRITIQUE[1])}
 
 
 def _write_critique(principles: list[Principle]) -> dict:
@@ -130,7 +149,9 @@ def _is_comparison(doc: object) -> bool:
 
 
 def _read_comparison(doc: list[str]) -> Iterable[tuple[str, dict]]:
-    return ((f"comparison-{n:02}", {"comparison": _inside(x.rstrip(), COMPARISON)}) for n, x in enumerate(doc, 1))
+    for n, x in enumerate(doc, 1):
+        cued = x.rstrip().endswith(COMPARISON[1].strip())
+        yield f"comparison-{n:02}", {"comparison": _inside(x.rstrip(), COMPARISON) if cued else None}
 
 
 def _is_swarm(doc: object) -> bool:
@@ -150,7 +171,13 @@ def _is_icai(doc: object) -> bool:
 
 
 def _read_icai(doc: str | list[str]) -> Iterable[tuple[str, dict]]:
-    found = re.split(r"(?m)^\s*\d+\.\s+", doc)[1:] if isinstance(doc, str) else [re.sub(r"^\s*\d+\.\s+", "", x) for x in doc]
+    """Only the next number at the beginning of a line begins another principle."""
+    found: list[str] = [] if isinstance(doc, str) else [re.sub(r"^\s*\d+\.\s+", "", x) for x in doc]
+    for line in doc.split("\n") if isinstance(doc, str) else ():
+        if line.startswith(f"{len(found) + 1}. "):
+            found.append(line.partition(". ")[2])
+        elif found:
+            found[-1] += f"\n{line}"
     return ((f"icai-{n:02}", {"comparison": x}) for n, x in enumerate(found, 1))
 
 

@@ -9,16 +9,34 @@ from pathlib import Path
 
 from cai_jax.errors import InputError
 
+LARGEST = 5_000_000  # bytes of a file that a person wrote
+
+
+def read_text(path: str | Path, wanted: str) -> str:
+    """A text file that a person wrote. Raises InputError that names it; wanted: what it should have been."""
+    path = Path(path)
+    if not path.is_file():
+        what = f"{path} is a folder, a device or the like" if path.exists() else f"missing file: {path}"
+        raise InputError(f"{what}; wanted {wanted}; paths are relative to where the command is run")
+    if path.stat().st_size > LARGEST:
+        raise InputError(f"{path}: {path.stat().st_size:,} bytes; wanted {wanted} of at most {LARGEST:,}")
+    try:
+        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); wanted {wanted}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); wanted {wanted} in UTF-8") from None
+
 
 def read(path: str | Path) -> dict:
     """A file of TOML. Raises InputError that names it, and the line where it is not TOML."""
-    if not Path(path).is_file():
-        raise InputError(f"missing file: {path}; wanted a TOML file; paths are relative to where the command is run")
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); wanted a TOML file in UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
+        return tomllib.loads(read_text(path, "a TOML file"))
+    except RecursionError:
+        raise InputError(f"{path}: not valid TOML: nested too deeply") from None
+    except ValueError as error:  # also of numbers with thousands of digits
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{path}: not valid TOML: {error}") from None
 
 
@@ -61,7 +79,14 @@ def id_of(row: object) -> str:
 
 
 def shown(value: object) -> str:
-    return f"{type(value).__name__} {value!r}" if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
+    """A value in a message, cut where it is long."""
+    if not isinstance(value, str | int | float):
+        return f"a {type(value).__name__}"
+    try:
+        text = repr(value[:60] if isinstance(value, str) else value)
+    except ValueError:  # thousands of digits
+        text = "of very many digits"
+    return f"{type(value).__name__} {text if len(text) < 80 else text[:80] + ' ...'}"
 
 
 def hint(key: str, known: Sequence[str] | Mapping) -> str:

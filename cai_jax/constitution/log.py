@@ -7,42 +7,50 @@ entry it was made with (manifest.json), which `verify` looks for.
 
 import fcntl
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import NoneType
 
 from cai_jax import files
 from cai_jax.constitution import Constitution, Principle, fingerprint_of, load
-from cai_jax.constitution.diff import diff
-from cai_jax.constitution.file import digest
-from cai_jax.constitution.lint import lint
+from cai_jax.constitution.diff import Change, diff
+from cai_jax.constitution.exchange import once
+from cai_jax.constitution.file import digest, read_text, shown
+from cai_jax.constitution.lint import warnings
 from cai_jax.errors import InputError
 
-KEYS = "entry parent time author reason name version fingerprint changes lint check content hash".split()
+TYPES = {key: str for key in "parent time author reason name version fingerprint hash".split()}
+TYPES |= {"entry": int, "changes": list, "lint": list, "check": (dict, NoneType), "content": dict}
 
 
 def place(path: str | Path) -> Path:
-    return Path(path).with_suffix(".log.jsonl")
+    return Path(path).resolve().with_suffix(".log.jsonl")
 
 
 def commit(
-    path: str | Path, author: str, reason: str, time: str, templates: Mapping[str, str], check: dict | None = None
+    path: str | Path, author: str, reason: str, time: str, templates: Mapping[str, str], check: Callable | None = None
 ) -> dict:
-    """Adds the constitution as it is to its log. -> the entry. check: the summary of the regression suite, if it was run.
+    """Adds the constitution as it is to its log. -> the entry. check: fingerprint -> the summary of its regression suite.
 
     Raises InputError where the constitution has an error, the log is not whole, nothing changed, or nobody says why.
     """
     for what, text in (("--author", author), ("--reason", reason)):
         if not text.strip():
             raise InputError(f"{what} is empty; a log without it helps nobody")
-    new = load(path, templates=templates)
-    with open(path, "rb") as held:  # two at once would follow the same entry
-        fcntl.flock(held, fcntl.LOCK_EX)
+        if not text.isprintable():
+            raise InputError(f"{what}={text!r}: wanted one line of printable text")
+    file = place(path)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:  # two at once would follow the same entry; the folder stays where an editor replaces the file
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        new = load(path, templates=templates)
+        if broken := verify(path)[: file.exists()]:
+            raise InputError(f"{file}: {broken[0]}; nothing is added to a log that is not whole")
         entries = read(path)
-        if broken := verify(path):
-            raise InputError(f"{place(path)}: {broken[0]}; nothing is added to a log that is not whole")
         last = entries[-1] if entries else None
-        changes = [asdict(c) for c in diff(_constitution(last), new)] if last else []
+        changes = [asdict(c) for c in diff(constitution(last), new)] if last else []
         if last and not changes:
             raise InputError(f"{path}: nothing changed since entry {last['entry']} of {last['time']}")
         content = {
@@ -52,54 +60,80 @@ def commit(
         }
         entry = {"entry": len(entries) + 1, "parent": last["hash"] if last else "", "time": time}
         entry |= {"author": author.strip(), "reason": reason.strip(), "name": new.name, "version": new.version}
-        entry |= {"fingerprint": new.fingerprint, "changes": changes, "check": check, "content": content}
-        entry |= {"lint": [f"{f.rule}: {f.where}" for f in lint(path, templates)]}
+        entry |= {"fingerprint": new.fingerprint, "changes": changes, "content": content}
+        entry |= {"check": check(new.fingerprint) if check else None}
+        entry |= {"lint": [f"{f.rule}: {f.where}" for f in warnings(new.principles)]}
         entry |= {"hash": digest(entry)}
         text = "".join(json.dumps(e, sort_keys=True, ensure_ascii=False) + "\n" for e in (*entries, entry))
-        files.put(place(path), text.encode("utf-8"))
+        files.put(file, text.encode("utf-8"))
+    finally:
+        os.close(folder)
     return entry
 
 
 def read(path: str | Path) -> list[dict]:
     """The entries of a constitution's log, which may be broken; none where there is no log. Raises InputError for a line that
     is no entry."""
+    found = _lines(path)
+    for line, _, why in found:
+        if why:
+            raise InputError(f"{place(path)}: line {line} is no entry ({why}); restore it, or all behind it is without proof")
+    return [entry for _, entry, _ in found]
+
+
+def _lines(path: str | Path) -> list[tuple[int, dict, str]]:
+    """-> (number, entry, why it is none) of each line of the log."""
     if not place(path).exists():
         return []
-    try:
-        lines = place(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{place(path)}: cannot be read ({error})") from None
     out = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(place(path), "a log").removesuffix("\n").split("\n"), 1):
         try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            entry = None
-        if not isinstance(entry, dict) or not set(KEYS) <= entry.keys():
-            raise InputError(f"{place(path)}: line {number} is no entry; restore it, or all behind it is without proof")
-        out.append(entry)
+            entry = json.loads(line, object_pairs_hook=once)
+        except (ValueError, RecursionError) as error:
+            out.append((number, {}, str(error) or type(error).__name__))
+            continue
+        wrong = "it is no object" if not isinstance(entry, dict) else _wrong(entry)
+        out.append((number, entry, wrong))
     return out
+
+
+def _wrong(entry: dict) -> str:
+    """What is not as in every entry; "": nothing."""
+    for key, kind in TYPES.items():
+        if key not in entry:
+            return f"{key!r} is missing"
+        if not isinstance(entry[key], kind) or isinstance(entry[key], bool):
+            return f"{key!r} is {shown(entry[key])}"
+    try:
+        constitution(entry), [Change(**c) for c in entry["changes"]], digest(entry)
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        return f"its content cannot be read: {error}"
+    return ""
 
 
 def verify(path: str | Path, known: Iterable[tuple[int, str]] = ()) -> list[str]:
     """What is wrong with the log, by entry; [] for a whole one. known: numbers and hashes of entries that others have kept."""
-    entries = read(path)
-    hashes = {e["hash"]: e["entry"] for e in entries}
+    found = _lines(path)
+    hashes = {e["hash"]: e["entry"] for _, e, why in found if not why}
     out, before = [], None
-    for line, e in enumerate(entries, 1):
+    if not found:
+        out.append("there is no log, or nothing in it")
+    for line, e, why in found:
+        if why:
+            out.append(f"line {line} is no entry ({why})")
+            continue
         what = f"entry {e['entry']} (line {line})"
         if e["hash"] != digest({k: v for k, v in e.items() if k != "hash"}):
             out.append(f"{what} was edited: its hash is that of another text")
-        elif (found := _fingerprint(e)) != e["fingerprint"]:
-            out.append(f"{what} was edited: its principles have the fingerprint {found[:12]}, not {e['fingerprint'][:12]}")
-        wanted = before["hash"] if before else ""
-        if e["parent"] != wanted:
+        elif (mark := constitution(e).fingerprint) != e["fingerprint"]:
+            out.append(f"{what} was edited: its principles have the fingerprint {mark[:12]}, not {e['fingerprint'][:12]}")
+        if e["parent"] != (before["hash"] if before else ""):
             out.append(f"{what} {_break(e, before, hashes)}")
-        elif e["entry"] != (before["entry"] + 1 if before else 1):
-            out.append(f"{what} was edited: it is number {before['entry'] + 1 if before else 1}")
+        elif e["entry"] != (number := before["entry"] + 1 if before else 1):
+            out.append(f"{what} was edited: it is number {number}")
         before = e
     for number, mark in known:
-        if mark not in hashes:
+        if hashes.get(mark) != number:
             out.append(f"entry {number} ({mark[:12]}), with which a run was made, is not in it: it was removed or rewritten")
     return out
 
@@ -110,10 +144,14 @@ def _break(e: dict, before: dict | None, hashes: dict[str, int]) -> str:
         return "was moved: it is the first"
     if e["parent"] in hashes:
         return f"was moved, or the one before it: it follows entry {hashes[e['parent']]}"
-    missing = f"entry {e['entry'] - 1}" if isinstance(e["entry"], int) else "the entry before it"
-    if before and before["entry"] == e["entry"] - 1:
-        return f"follows another {missing}, which was rewritten"
-    return f"follows {missing}, which was removed"
+    first, last = (before["entry"] if before else 0) + 1, e["entry"] - 1
+    if last < first:
+        return f"follows another entry {last}, which was rewritten"
+    return (
+        f"follows entry {last}, which was removed"
+        if first == last
+        else f"follows entries {first} to {last}, which were removed"
+    )
 
 
 def entry_of(path: str | Path, templates: Mapping[str, str]) -> dict | None:
@@ -123,15 +161,9 @@ def entry_of(path: str | Path, templates: Mapping[str, str]) -> dict | None:
     return {"entry": found[-1]["entry"], "hash": found[-1]["hash"]} if found else None
 
 
-def _constitution(entry: dict) -> Constitution:
+def constitution(entry: dict) -> Constitution:
+    """What an entry holds."""
     c = entry["content"]
     principles = tuple(Principle(**p) for p in c["principles"])
     mark = fingerprint_of(principles, c["templates"], c["priority"])
     return Constitution(entry["name"], entry["version"], principles, c["templates"], mark, tuple(c["priority"]))
-
-
-def _fingerprint(entry: dict) -> str:
-    try:
-        return _constitution(entry).fingerprint
-    except (TypeError, KeyError, AttributeError):
-        return "of nothing"

@@ -21,7 +21,7 @@ PAD, END = "<|pad|>", "<|end|>"
 PRE_TOKEN = r"\n+[A-Za-z]+:?| \([A-Z]\)| ?[A-Za-z']+| ?[0-9]|\n+| ?[^\sA-Za-z0-9]|\s"
 
 TEMPLATES_PER_ITEM = {"redteam": 4, "helpful": 2, "helpful lookalike": 5, "heldout harmful": 5, "heldout": 4, "lookalike": 6}
-EVAL_SAMPLE, COMPARISONS, ERROR_RATE = 256, 1200, 0.05
+EVAL_SAMPLE, COMPARISONS, ERROR_RATE, PROBES = 256, 1200, 0.05, 240
 COMPARED = {"right": 0.40, "wrong": 0.25, "evasive": 0.15, "over-refusal": 0.20}
 
 
@@ -102,6 +102,7 @@ def prompts(world: World) -> dict[str, list[dict]]:
         "heldout.jsonl": _records(rng, "heldout", heldout),
         "redteam_eval.jsonl": sample,
         "comparisons.jsonl": [_comparison(rng, world, n, one(rng, helpful)) for n in range(COMPARISONS)],
+        "probes.jsonl": _probes(world, redteam, helpful),
     }
 
 
@@ -155,6 +156,20 @@ def _comparison(rng, world: World, number: int, record: dict) -> dict:
     choice = {"response_a": a, "response_b": b, "p_a": oracle.annotate(world, rng, record, a, b, ERROR_RATE), "source": "human"}
     extras = {"annotator": "simulated", "error_rate": ERROR_RATE}
     return {"id": f"human-{number:04d}", **{k: v for k, v in record.items() if k != "id"}, **choice, **extras}
+
+
+def _probes(world: World, redteam: list[dict], helpful: list[dict]) -> list[dict]:
+    """Pairs of answers of different kinds, `kind_a` and `kind_b`, to as many harmful requests as benign ones: what the labels
+    of two constitutions are compared on. p_a is the truth."""
+    rng = np.random.default_rng([world.seed, 0x9E0B])
+    out = []
+    for number, record in enumerate(_sample(rng, redteam, PROBES // 2) + _sample(rng, helpful, PROBES // 2)):
+        utility = skills.UTILITY[record["kind"] == "harmful"]
+        kinds = [str(k) for k in rng.choice([k for k in utility if k != "wrong"], 2, replace=False)]
+        a, b = (grammar.answer(rng, world.item(record["item"]), k) for k in kinds)
+        truth = {"p_a": float(utility[kinds[0]] > utility[kinds[1]]), "kind_a": kinds[0], "kind_b": kinds[1]}
+        out.append({**record, "id": f"probe-{number:04d}", "response_a": a, "response_b": b, **truth})
+    return out
 
 
 def write(world: World, out_dir: Path = DATA) -> None:

@@ -2,10 +2,10 @@
 
 import dataclasses
 import functools
-import math
 import re
 from collections.abc import Sequence
 
+from cai_jax.intervals import wilson
 from cai_jax.miniworld.grammar import ANSWERS, CATEGORIES, HARMFUL, STEP_VERBS, Item, World
 
 METRICS = ("harm_rate", "harm_score", "helpfulness", "over_refusal", "evasive", "explained", "coherent")
@@ -97,15 +97,6 @@ def _parse(response: str) -> tuple[str, re.Match | None]:
             if match := pattern.fullmatch(response):
                 return form, match
     return "incoherent", None
-
-
-def wilson(share: float, n: int, z: float = 1.959964) -> list[float]:
-    """95 % Wilson score interval [low, high] of a share of n trials; [0, 1] for n = 0."""
-    if not n:
-        return [0.0, 1.0]
-    centre, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return [max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)]
 
 
 def summary(world: World, records: Sequence[dict], responses: Sequence[str]) -> dict:

@@ -1,0 +1,22 @@
+"""How sure a figure is: 95 % intervals."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+
+def wilson(share: float, n: int, z: float = 1.959964) -> list[float]:
+    """Wilson score interval [low, high] of a share of n trials (Wilson 1927); [0, 1] for n = 0."""
+    if not n:
+        return [0.0, 1.0]
+    centre, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return [max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)]
+
+
+def bootstrap(statistic: Callable, *columns: np.ndarray, seed: int = 0, times: int = 2000) -> list[float]:
+    """Percentile interval [low, high] of statistic(*columns), whose rows [N] are drawn again together (Efron 1979)."""
+    rng, n = np.random.default_rng(seed), len(columns[0])
+    drawn = (rng.integers(0, n, n) for _ in range(times))
+    return [float(x) for x in np.percentile([statistic(*(c[rows] for c in columns)) for rows in drawn], (2.5, 97.5))]
