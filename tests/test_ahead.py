@@ -107,6 +107,29 @@ ENTRY %main ({", ".join(given)}) -> f32[10] {{
     assert cost.cost(text, 1).bytes == 4 * (100 + 10 + 100 + 10)
 
 
+FAR = """ENTRY %main (a: bf16[32,4]) -> bf16[32,4] {
+  %a = bf16[32,4]{1,0:T(8,128)} parameter(0)
+  %after = token[] after-all()
+  %r = (bf16[32,4]{1,0:T(8,128)}, u32[], token[]) recv(%after), channel_id=1, frontend_attributes={KIND}
+  %rd = (bf16[32,4]{1,0:T(8,128)}, token[]) recv-done(%r), channel_id=1
+  %s = (bf16[32,4]{1,0:T(8,128)}, u32[], token[]) send(%a, %after), channel_id=2, frontend_attributes={KIND}
+  %sd = token[] send-done(%s), channel_id=2
+  ROOT %x = bf16[32,4]{1,0:T(8,128)} get-tuple-element(%rd), index=0
+}
+"""
+
+
+def test_what_tpus_send_to_other_slices_through_their_hosts_is_counted():
+    """As the TPU compiler writes it for several slices: no collective, but a message to the host, which adds the slices up."""
+    kind = '_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="{}"'
+    found = cost.cost(FAR.replace("KIND", kind.format("ALL_REDUCE")), 8, slices=2)
+    assert found.calls == {("all-reduce", True): 1} and found.sent == {("all-reduce", True): 32 * 4 * 2}
+    assert cost.cost(FAR.replace("KIND", kind.format("ALL_REDUCE")), 8, slices=4).sent["all-reduce", True] == 1.5 * 32 * 4 * 2
+    assert cost.cost(FAR.replace("KIND", kind.format("ALL_GATHER")), 8, slices=4).sent["all-gather", True] == 32 * 4 * 2
+    with pytest.raises(cost.Unknown, match="another slice that is not known: gossip"):
+        cost.cost(FAR.replace("KIND", kind.format("GOSSIP")), 8, slices=2)
+
+
 def test_groups_that_cross_slices_are_told_apart():
     """[2,4]<=[4,2]T(1,0) is {0,2,4,6} and {1,3,5,7}: in two slices of four devices each group is in both."""
     assert cost.cost(LOOP, 8, slices=2).calls == {("all-reduce", True): 3}

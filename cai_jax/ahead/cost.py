@@ -14,7 +14,18 @@ from cai_jax.ahead.hlo import Op, Shape, Unknown, convolution, groups, number, o
 from cai_jax.models.kernels import BLOCKS
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
-FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id", "iota")
+FREE = (
+    "recv",
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "iota",
+)
 SLICES = ("dynamic-slice", "slice", "gather")
 KERNELS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}  # products [T, H] x [H, T] or alike of each
 
@@ -84,6 +95,8 @@ class _Program:
         if op.kind.removesuffix("-start") in COLLECTIVES:
             channel = re.search(r"channel_id=(\d+)", op.rest)
             return 0.0, {channel[1] if channel else op.name: self.sent(op, here)}
+        if op.kind == "send":
+            return 0.0, {op.name: self.far(op, here)}
         if op.kind != "fusion":
             return self.flops(op, here), {}
         name = op.called("calls")[0]
@@ -176,6 +189,15 @@ class _Program:
         received = given * size if kind == "all-gather" else given
         moved = given + received if size > 1 else 0.0
         return Cost(0.0, moved, Counter({(kind, far): whole.get(kind, given * share)}), Counter({(kind, far): 1}))
+
+    def far(self, op: Op, here: dict[str, Op]) -> Cost:
+        """What goes to other slices, which TPUs do through their hosts: bytes that leave each device."""
+        kind = (re.search(r'_xla_megascale_transfer_type="(\w+)"', op.rest) or [""] * 2)[1].lower().replace("_", "-")
+        if kind not in COLLECTIVES:
+            raise Unknown(f"a message to another slice that is not known: {kind or op.rest[:200]}")
+        given = sum(s.bytes() for s in here[op.operands[0]].shapes)
+        times = 2 * (self.slices - 1) / self.slices if kind == "all-reduce" else 1.0
+        return Cost(0.0, 2 * given, Counter({(kind, True): times * given}), Counter({(kind, True): 1}))
 
     def group(self, op: Op) -> tuple[int, bool]:
         """-> (devices that take part together, whether in several slices)."""
