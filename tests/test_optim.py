@@ -1,5 +1,6 @@
 """The optimizer on what is trained: float32 inside, bfloat16 rounded at random, and what is frozen left alone."""
 
+import time
 from dataclasses import replace
 
 import jax
@@ -123,6 +124,12 @@ def test_lesson_11_an_adapter_killed_and_resumed_ends_with_the_same_bits(mesh1, 
     _, whole = run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "killed", kill_at=5)
+    end = time.monotonic() + 60
+    while list(
+        (tmp_path / "killed/checkpoints").glob("*tmp*")
+    ):  # a thread goes on writing that would have died with its process
+        assert time.monotonic() < end, "a checkpoint is never committed"
+        time.sleep(0.05)
     start, resumed = run(tmp_path / "killed")
     assert int(resumed.step) == 6 and tiny.same_bits(resumed, whole)
     assert all(x.is_deleted() for x in jax.tree.leaves(start))
