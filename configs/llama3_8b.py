@@ -11,8 +11,9 @@ weights 64 ways and takes what is left for data: 4 x 64 on 256 chips, 1 x 64 on 
 
 Estimated, not run: 0.5 M samples of up to 256 tokens (76 M tokens sampled, 620 M read, most of them the worked examples),
 2.1e19 floating-point operations. The time is that of sampling: every token reads the weights, which `cai compile` puts at 13
-ms on v5e, so the 150,000 steps of its batches take half an hour at the least. Compiled for both, where no step needs more than
-9.2 GiB of a v5e chip's 16 or 12.2 of a v6e's 32.
+ms on v5e, so the 150,000 steps of its batches take half an hour at the least. Compiled for
+v5e:16x16, one and two of them, v6e:8x8 and v5p:4x4x4: no step needs more than 9.2 GiB of a v5e chip's 16, 12.2 of a v6e's 32 or
+13.2 of a v5p's 95.
 """
 
 from cai_jax.config import default
