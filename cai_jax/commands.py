@@ -104,10 +104,10 @@ def export_command(args) -> int:
 
 
 def commit_command(args) -> int:
-    from cai_jax.constitution.check import record_of  # which loads numpy
+    from cai_jax.constitution.check import read_record  # which loads numpy
 
     def checked(fingerprint: str) -> dict | None:
-        record = files.read_json(record_of(args.file)) if record_of(args.file).exists() else {}
+        record = read_record(args.file)
         return record["summary"] if record.get("fingerprint") == fingerprint else None
 
     now = datetime.now(UTC).isoformat(timespec="seconds")

@@ -92,8 +92,8 @@ def run_check(path: str, judge_path: str, format: str, system: str, suite: str, 
     rows = [[kind, name, f"{a['right']} of {a['n']}", _share(a), f"{a['mean']:.2f}"] for kind, name, a in check.table(verdicts)]
     table(f"{path} by {judge_path}", ["", "", "right", "accuracy, 95 %", "mean P(better)"], rows)
     place, named = check.record_of(path), {c.key: c for c in cases}
-    kept = files.read_json(place) if place.exists() else {}
-    before = kept.get("cases", {}) if kept.get("judge") == [judge_path, format, system] else {}
+    kept = check.read_record(path)
+    before = kept["cases"] if kept.get("judge") == [judge_path, format, system] else {}
     worse = [key for key, _, is_ in check.changed(before, now) if is_ <= 0.5]
     for key, was, is_ in check.changed(before, now):
         say(f"{'now wrong' if is_ <= 0.5 else 'now right'} ({was:.2f} -> {is_:.2f}): {_case(named[key])}")

@@ -19,6 +19,7 @@ from cai_jax.constitution import Principle, load, log
 from cai_jax.constitution.attribution import attribute
 from cai_jax.constitution.diff import Change, diff, shown, word_diff
 from cai_jax.constitution.exchange import foreign, load_foreign, toml
+from cai_jax.constitution.file import LARGEST
 from cai_jax.constitution.lint import lint, warnings
 from cai_jax.errors import InputError
 from cai_jax.intervals import wilson
@@ -437,6 +438,14 @@ def test_a_line_that_is_no_entry_is_named_and_the_others_are_looked_at(logged):
     assert log.verify(logged) == ["there is no log, or nothing in it"]
 
 
+def test_a_log_may_be_larger_than_what_a_person_writes(tmp_path):
+    """Every entry holds the whole constitution."""
+    for number in range(3):
+        path = write(tmp_path, replace(HARM, critique=f"weapon {number} " * 150_000))
+        log.commit(path, "ada", f"reason {number}", "2026", TEMPLATES)
+    assert log.place(path).stat().st_size > LARGEST and log.verify(path) == [] and len(log.read(path)) == 3
+
+
 def test_two_who_commit_at_once_follow_each_other(tmp_path):
     """Also where the file is replaced between them, as editors do, and where one goes by a link."""
     path = write(tmp_path, HARM, TRUTH)
@@ -501,11 +510,16 @@ def test_the_commands_from_import_to_verify(tmp_path, capsys):
 def test_a_commit_holds_what_the_suite_found_of_this_very_text(tmp_path, capsys):
     path = write(tmp_path, HARM, TRUTH)
     mark, summary = load(path, templates=TEMPLATES).fingerprint, {"right": 3, "cases": 4, "judge": "j"}
-    (tmp_path / "c.checks.json").write_text(json.dumps({"fingerprint": mark, "summary": summary}))
+    record = {"fingerprint": mark, "summary": summary, "judge": ["j", "plain", ""], "cases": {}}
+    (tmp_path / "c.checks.json").write_text(json.dumps(record))
     assert main(["commit", str(path), "--reason=checked"]) == 0 and "3 of 4 cases right by j" in capsys.readouterr().out
     write(tmp_path, TRUTH)  # and not of another
     assert main(["commit", str(path), "--reason=not checked"]) == 0 and "cases right" not in capsys.readouterr().out
     assert [e["check"] for e in log.read(path)] == [summary, None]
+    for junk in ("[1]", '{"fingerprint": 3}', json.dumps(record | {"cases": []})):
+        (tmp_path / "c.checks.json").write_text(junk)
+        write(tmp_path, HARM)
+        assert main(["commit", str(path), "--reason=junk"]) == 2 and "no record of a suite" in capsys.readouterr().err
 
 
 def test_lint_exits_with_what_it_found(tmp_path, capsys):

@@ -14,18 +14,7 @@ from cai_jax.ahead.hlo import Op, Shape, Unknown, convolution, groups, number, o
 from cai_jax.models.kernels import BLOCKS
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
-FREE = (
-    "recv",
-    "parameter",
-    "constant",
-    "tuple",
-    "get-tuple-element",
-    "bitcast",
-    "after-all",
-    "partition-id",
-    "replica-id",
-    "iota",
-)
+FREE = "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id iota recv".split()
 SLICES = ("dynamic-slice", "slice", "gather")
 KERNELS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}  # products [T, H] x [H, T] or alike of each
 

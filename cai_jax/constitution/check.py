@@ -17,6 +17,7 @@ from pathlib import Path
 from cai_jax.constitution import Constitution, Principle
 from cai_jax.constitution.file import digest, hint, id_of, read, tables, texts
 from cai_jax.errors import InputError
+from cai_jax.files import read_json
 from cai_jax.intervals import wilson
 
 
@@ -41,6 +42,16 @@ def suite_of(path: str | Path) -> Path:
 
 def record_of(path: str | Path) -> Path:
     return Path(path).with_suffix(".checks.json")
+
+
+def read_record(path: str | Path) -> dict:
+    """What the suite of a constitution gave when it was last run; {}: never. Raises InputError for what is no such file."""
+    place = record_of(path)
+    found = read_json(place) if place.exists() else {}
+    wanted = {"fingerprint": str, "judge": list, "summary": dict, "cases": dict}
+    if found and not (isinstance(found, dict) and all(isinstance(found.get(k), kind) for k, kind in wanted.items())):
+        raise InputError(f"{place}: no record of a suite; wanted {', '.join(wanted)}. Remove it, and run the suite again")
+    return found or {}
 
 
 def load_suite(path: str | Path, constitution: Constitution) -> list[Case]:

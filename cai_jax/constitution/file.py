@@ -12,14 +12,14 @@ from cai_jax.errors import InputError
 LARGEST = 5_000_000  # bytes of a file that a person wrote
 
 
-def read_text(path: str | Path, wanted: str) -> str:
-    """A text file that a person wrote. Raises InputError that names it; wanted: what it should have been."""
+def read_text(path: str | Path, wanted: str, largest: float = LARGEST) -> str:
+    """A text file of at most so many bytes. Raises InputError that names it; wanted: what it should have been."""
     path = Path(path)
     if not path.is_file():
         what = f"{path} is a folder, a device or the like" if path.exists() else f"missing file: {path}"
         raise InputError(f"{what}; wanted {wanted}; paths are relative to where the command is run")
-    if path.stat().st_size > LARGEST:
-        raise InputError(f"{path}: {path.stat().st_size:,} bytes; wanted {wanted} of at most {LARGEST:,}")
+    if path.stat().st_size > largest:
+        raise InputError(f"{path}: {path.stat().st_size:,} bytes; wanted {wanted} of at most {largest:,}")
     try:
         return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as error:

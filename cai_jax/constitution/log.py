@@ -7,6 +7,7 @@ entry it was made with (manifest.json), which `verify` looks for.
 
 import fcntl
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
@@ -86,7 +87,7 @@ def _lines(path: str | Path) -> list[tuple[int, dict, str]]:
     if not place(path).exists():
         return []
     out = []
-    for number, line in enumerate(read_text(place(path), "a log").removesuffix("\n").split("\n"), 1):
+    for number, line in enumerate(read_text(place(path), "a log", largest=math.inf).removesuffix("\n").split("\n"), 1):
         try:
             entry = json.loads(line, object_pairs_hook=once)
         except (ValueError, RecursionError) as error:
