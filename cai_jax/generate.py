@@ -219,7 +219,7 @@ class Pool:
         self._read()
         B, s = self.sampling.batch_size, self.sampling
         until = min(B, B - len(active) + self.fill * self.ways)
-        rules = {"top_p": s.top_p, "top_k": s.top_k, "min_p": s.min_p}
+        rules = {"gather": s.gather, "top_p": s.top_p, "top_k": s.top_k, "min_p": s.min_p}
         self.slots = decode(self.net, self.params, self.prefix, self.slots, self.rules, until, **rules)
         tokens, count, done, finished = jax.device_get(
             (self.slots.tokens_BR, self.slots.count_B, self.slots.done_B, self.slots.finished_B)

@@ -190,18 +190,22 @@ def first_row(layers):
     return jax.tree.map(lambda x: constrain(x[0], "model", *[None] * (x.ndim - 2)), layers)
 
 
-@partial(jax.jit, static_argnames=("net", "top_p", "top_k", "min_p"), donate_argnames="slots")
-def decode(net: Transformer, params, prefix, slots: Slots, rules: Rules, until, *, top_p=1.0, top_k=0, min_p=0.0) -> Slots:
-    """Samples until `until` slots are done."""
-    return _laid_out(_decode(net, params, prefix, slots, rules, until, top_p, top_k, min_p))
+@partial(jax.jit, static_argnames=("net", "gather", "top_p", "top_k", "min_p"), donate_argnames="slots")
+def decode(
+    net: Transformer, params, prefix, slots: Slots, rules: Rules, until, *, gather=True, top_p=1.0, top_k=0, min_p=0.0
+) -> Slots:
+    """Samples until `until` slots are done. `gather`: as `serving` made the parameters."""
+    return _laid_out(_decode(net, params, prefix, slots, rules, until, gather, top_p, top_k, min_p))
 
 
-def _decode(net, params, prefix, slots: Slots, rules: Rules, until, top_p, top_k, min_p) -> Slots:
+def _decode(net, held, prefix, slots: Slots, rules: Rules, until, gather, top_p, top_k, min_p) -> Slots:
     R = slots.tokens_BR.shape[1]
 
     at_1R = jnp.arange(R)[None]
 
     def one(s: Slots) -> Slots:
+        # Said again inside the loop: XLA would split a tied embedding for looking up, and gather it at every step for logits.
+        params = held | gather_split({"embed": held["embed"]}) if gather else held
         logits_BV = net.apply({"params": params}, s.x_BD[:, None], method="logits")[:, 0]
         token_B, logp_B = choose(logits_BV, s.keys_B, s.count_B, s.temperature_B, top_p, top_k, min_p)
         live_B = ~s.done_B
@@ -249,5 +253,5 @@ def generate(
         done_B=lengths_B == 0,
     )
     rules = Rules(ends_E, jnp.zeros((2, 1), jnp.int8))
-    out = _laid_out(_decode(net, params, None, slots, rules, B, 1.0, 0, 0.0))
+    out = _laid_out(_decode(net, params, None, slots, rules, B, gather, 1.0, 0, 0.0))
     return Sampled(out.tokens_BR, out.count_B, out.finished_B, out.logp_BR)

@@ -107,6 +107,42 @@ ENTRY %main ({", ".join(given)}) -> f32[10] {{
     assert cost.cost(text, 1).bytes == 4 * (100 + 10 + 100 + 10)
 
 
+GROUPS = "replica_groups={{0,1},{2,3}}, to_apply=%add"
+BESIDE = f"""%one (p: f32[8]) -> (f32[16], f32[8]) {{
+  %p = f32[8]{{0}} parameter(0)
+  %g = f32[16]{{0}} all-gather(%p), channel_id=7, {GROUPS}
+  ROOT %r = (f32[16]{{0}}, f32[8]{{0}}) tuple(%g, %p)
+}}
+
+%two (q: f32[8]) -> f32[1,16] {{
+  %q = f32[8]{{0}} parameter(0)
+  ROOT %h = f32[1,16]{{1,0}} all-gather(%q), channel_id=7, {GROUPS}
+}}
+
+%all-reduce-scatter.3 (s: f32[8]) -> f32[4] {{
+  %s = f32[8]{{0}} parameter(0)
+  %w = f32[8]{{0}} all-reduce(%s), channel_id=9, {GROUPS}
+  ROOT %t = f32[4]{{0}} slice(%w), slice={{[0:4]}}
+}}
+
+ENTRY %main (a: f32[8]) -> f32[4] {{
+  %a = f32[8]{{0}} parameter(0)
+  %f = (f32[16]{{0}}, f32[8]{{0}}) fusion(%a), kind=kCustom, calls=%one
+  %f.2 = f32[1,16]{{1,0}} fusion(%a), kind=kCustom, calls=%two
+  %b = f32[8]{{0}} all-reduce(%a), channel_id=1, {GROUPS}
+  %c = f32[8]{{0}} all-reduce(%b), channel_id=1, {GROUPS}
+  ROOT %d = f32[4]{{0}} fusion(%c), kind=kCustom, calls=%all-reduce-scatter.3
+}}
+"""
+
+
+def test_a_message_counts_once_however_it_is_written():
+    """One beside whose way two fusions work is one; two of one channel are two; a sum of which each takes a part sends half."""
+    found = cost.cost(BESIDE, 4)
+    assert found.calls == {("all-gather", False): 1, ("all-reduce", False): 2, ("reduce-scatter", False): 1}
+    assert found.sent == {("all-gather", False): 32, ("all-reduce", False): 2 * 32, ("reduce-scatter", False): 16}
+
+
 FAR = """ENTRY %main (a: bf16[32,4]) -> bf16[32,4] {
   %a = bf16[32,4]{1,0:T(8,128)} parameter(0)
   %after = token[] after-all()
@@ -145,12 +181,20 @@ def test_groups_that_cross_slices_are_told_apart():
         ("replica_groups=[2,2]<=[2,2]T(1,0), x", [[0, 2], [1, 3]]),
         ("replica_groups=mesh['a'=2,'b'=2] {'b'}, x", [[0, 1], [2, 3]]),
         ("replica_groups=mesh['a'=2,'b'=2] {'a'}, x", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=1,'b'=2,'c'=2], device_ids=([2,2]T(1,0)) {'b'}, x", [[0, 1], [2, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=([4]) {'b'}, x", [[0, 1], [2, 3]]),
         ("replica_groups={}, x", [[0, 1, 2, 3]]),
         ("source_target_pairs={{0,1},{1,0}}, x", [[0, 1], [1, 0]]),
     ],
 )
 def test_groups_are_read_in_every_form(text, groups):
     np.testing.assert_array_equal(hlo.groups(text, 4), groups)
+
+
+@pytest.mark.parametrize("text", ["replica_groups=other[2,2], x", "replica_groups=mesh['a'=4] {'a':(1)2}, x"])
+def test_groups_of_an_unknown_form_are_not_taken_for_all_devices(text):
+    with pytest.raises(hlo.Unknown, match="replica_groups="):
+        hlo.groups(text, 4)
 
 
 def test_a_loop_that_the_data_ends_is_asked_for():
@@ -233,6 +277,19 @@ def test_what_is_compiled_multiplies_what_the_formula_says(name, built, mesh8):
         text = step.lower().compile().as_text()
     found = cost.cost(text, 8, loops=step.loops)
     assert found.flops == pytest.approx(step.work.flops / 8, rel=0.05)
+
+
+@TPU
+def test_a_tied_embedding_stays_whole_while_a_tpu_decodes():
+    """It is looked up in parts, and whole for the logits. Left to itself the TPU compiler sends it at every token."""
+    cfg = config(
+        stages=("critique",), mesh=(1, 8, 1), model__path="configs/shapes/Llama-3.2-1B", critique__sampling__batch_size=32
+    )
+    devices = chips.devices("v5e:2x4")
+    with jax.set_mesh(mesh := make_mesh(cfg.mesh, devices)):
+        (decode,) = (s for s in steps(cfg, mesh) if s.name == "decode")
+        found = cost.cost(decode.lower().compile().as_text(), 8, loops=decode.loops)
+    assert found.sent.total() < 1e6 < 2 * 128256 * 2048  # bytes: of states and what is found per row, not of weights
 
 
 # --- The command ------------------------------------------------------------------------------------------------------

@@ -201,7 +201,7 @@ def messages_of_a_step(mesh, cfg, gather=True, **rules):
         net = tiny.net(cfg, unrolled=True)
         params, empty = slots.serving(tiny.net(cfg), tiny.on(mesh, cfg), gather), slots.new(net, 16, 64, 8)
         ends = slots.Rules(jnp.array([1], jnp.int32), jnp.zeros((2, cfg.vocab_size), jnp.int8))
-        text = slots.decode.lower(net, params, None, empty, ends, 4, **rules).compile().as_text()
+        text = slots.decode.lower(net, params, None, empty, ends, 4, gather=gather, **rules).compile().as_text()
     computations, _ = parse(text)
     loop = next(
         op

@@ -79,18 +79,24 @@ class _Program:
         return self.known[name]
 
     def inside(self, op: Op, here: dict[str, Op]) -> tuple[float, dict[str, Cost]]:
-        """Of an operation and of what is fused into it: products, and what is sent by each channel. A collective that goes on
-        beside other work is in several fusions, and in each of them whole."""
+        """Of an operation and of what is fused into it: products, and what is sent by each message. One that goes on beside
+        other work is in several fusions, and in each of them whole: there it is known by its channel, kind and size."""
         if op.kind.removesuffix("-start") in COLLECTIVES:
-            channel = re.search(r"channel_id=(\d+)", op.rest)
-            return 0.0, {channel[1] if channel else op.name: self.sent(op, here)}
+            return 0.0, {op.name: self.sent(op, here)}
         if op.kind == "send":
             return 0.0, {op.name: self.far(op, here)}
         if op.kind != "fusion":
             return self.flops(op, here), {}
-        name = op.called("calls")[0]
-        found = [self.inside(x, self.computations[name]) for x in self.ops(name)]
-        return sum(flops for flops, _ in found), {k: v for _, sent in found for k, v in sent.items()}
+        name, out, flops = op.called("calls")[0], {}, 0.0
+        inside = self.computations[name]
+        for x in self.ops(name):
+            more, sent = self.inside(x, inside)
+            flops += more
+            if x.kind.removesuffix("-start") in COLLECTIVES:
+                sent = {str((re.findall(r"channel_id=\d+", x.rest), c.sent)): c for c in sent.values()}
+            out |= sent
+        # What only takes its part of a sum is one kernel, which sends no more than that.
+        return flops, {k: _scattered(c) for k, c in out.items()} if name.startswith("all-reduce-scatter") else out
 
     def flops(self, op: Op, here: dict[str, Op]) -> float:
         if op.kind == "dot":
@@ -212,6 +218,12 @@ class _Program:
         if not named:
             raise Unknown(f"how often does the loop {op.scope() or op.name!r} run?")
         return self.loops[named[-1]]
+
+
+def _scattered(c: Cost) -> Cost:
+    """A sum of which each device takes its part, from one that all have whole."""
+    sent = Counter({("reduce-scatter", far): n / 2 for (_, far), n in c.sent.items()})
+    return Cost(c.flops, c.bytes, sent, Counter({("reduce-scatter", far): n for (_, far), n in c.calls.items()}))
 
 
 def _far(shapes: list[Shape]) -> float:

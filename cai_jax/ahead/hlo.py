@@ -129,11 +129,17 @@ def groups(rest: str, devices: int) -> np.ndarray:
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
         shape, order, turn = ([int(n) for n in x.split(",")] if x else None for x in found.groups())
         return np.arange(prod(order)).reshape(order).transpose(turn).reshape(shape)
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
-        axes, chosen = dict(re.findall(r"'(\w+)'=(\d+)", found[1])), re.findall(r"'(\w+)'", found[2])
-        if ":" in found[2]:
+    if found := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{([^}]*)\}", rest
+    ):
+        axes, chosen = dict(re.findall(r"'(\w+)'=(\d+)", found[1])), re.findall(r"'(\w+)'", found[4])
+        if ":" in found[4]:
             raise Unknown(f"a part of an axis: {found[0]}")
-        ids = np.arange(prod(map(int, axes.values()))).reshape([int(n) for n in axes.values()])
+        order, turn = ([int(n) for n in x.split(",")] if x else None for x in found.groups()[1:3])
+        ids = np.arange(prod(map(int, axes.values())))
+        ids = ids.reshape(order or -1).transpose(turn).reshape([int(n) for n in axes.values()])
         turn = sorted(range(len(axes)), key=lambda i: list(axes)[i] in chosen)
         return ids.transpose(turn).reshape(-1, prod(int(axes[name]) for name in chosen))
+    if found := re.search(r"(?:replica_groups|source_target_pairs)=(?!\{\}).{,200}", rest):
+        raise Unknown(f"groups of devices: {found[0]}")
     return np.arange(devices)[None]

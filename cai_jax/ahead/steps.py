@@ -68,7 +68,8 @@ def sampling(cfg: Config, mesh, stage: str, name: str, s: Sampling, context: str
         temperature_M=array(mesh, jnp.float32, M, spec=P(BATCH)),
         **ints,
     )
-    V, number, options = net.cfg.vocab_size, array(mesh, jnp.int32), {"top_p": s.top_p, "top_k": s.top_k, "min_p": s.min_p}
+    V, number = net.cfg.vocab_size, array(mesh, jnp.int32)
+    options = {"gather": s.gather, "top_p": s.top_p, "top_k": s.top_k, "min_p": s.min_p}
     rules = Rules(array(mesh, jnp.int32, ENDS), array(mesh, jnp.int8, STOPS, V))
     kept = net.dtype if s.cache == "auto" else s.cache
     out = []

@@ -88,8 +88,8 @@ def compile_all(models: list[str], places: list[Place], file: Path) -> list[dict
             if not todo:
                 continue
             cfg, devices = resolve(config(model, place.chips())), chips.devices(place.topology, place.slices)
-            chip = chips.CHIPS[place.topology.partition(":")[0]]
-            with jax.set_mesh(make_mesh(cfg.mesh, devices)) as mesh:
+            chip, mesh = chips.CHIPS[place.topology.partition(":")[0]], make_mesh(cfg.mesh, devices, str(place))
+            with jax.set_mesh(mesh):
                 for stage, name in todo.items():
                     step = next(s for s in OF_STAGE[stage](cfg, mesh) if s.name == name)
                     row = {"model": model, "place": str(place), "mesh": cfg.mesh} | compiled(
