@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 
-from cai_jax.config import STAGES, Checkpoint, Config, section, walk
+from cai_jax.config import STAGES, Checkpoint, Config, Preferences, section, walk
 
 SAMPLINGS = (*(f"{s}.sampling" for s in ("critique", "preferences", "ppo", "evaluate")), "preferences.thought")
 CHOICES = {
@@ -20,6 +20,7 @@ CHOICES = {
     "sft.revisions": ("last", "all"),
     "preferences.policy": ("sft", "base"),
     "preferences.labels": ("soft", "hard"),
+    "preferences.combine": ("mean", "median", "worst", "agreement", "priority"),
     "reward.init": ("sft", "base"),
     "ppo.init": ("sft", "base"),
     "ppo.value_network": ("separate", "shared"),
@@ -87,17 +88,25 @@ def resolve(config) -> Config:
     adapting = set(cfg.lora.stages)
     _require(adapting <= set(ADAPTING), "lora.stages", cfg.lora.stages, "stages out of " + ", ".join(ADAPTING))
     _require(adapting or not cfg.lora.rank, "lora.stages", cfg.lora.stages, "at least one stage, or --config.lora.rank=0")
-    clamp = cfg.preferences.clamp
-    good = len(clamp) == 2 and all(isinstance(x, int | float) for x in clamp) and 0 <= clamp[0] < clamp[1] <= 1
-    _require(good, "preferences.clamp", clamp, "two bounds with 0 <= low < high <= 1")
-    thinks, shown = cfg.preferences.chain_of_thought, cfg.preferences.few_shot
-    _require(not (thinks and shown), "preferences.few_shot", shown, "none with chain_of_thought: the blocks hold no thoughts")
+    _check_preferences(cfg.preferences)
     heat = cfg.ppo.sampling.temperature
     _require(heat > 0, "ppo.sampling.temperature", heat, "more than zero: rollouts are sampled")
     for name, off in (("top_p", 1), ("top_k", 0), ("min_p", 0)):
         got = getattr(cfg.ppo.sampling, name)
         _require(got == off, f"ppo.sampling.{name}", got, f"{off}: rollouts are scored under the whole distribution")
     return cfg
+
+
+def _check_preferences(c: Preferences) -> None:
+    good = len(c.clamp) == 2 and all(isinstance(x, int | float) for x in c.clamp) and 0 <= c.clamp[0] < c.clamp[1] <= 1
+    _require(good, "preferences.clamp", c.clamp, "two bounds with 0 <= low < high <= 1")
+    thinks, shown = c.chain_of_thought, c.few_shot
+    _require(not (thinks and shown), "preferences.few_shot", shown, "none with chain_of_thought: the blocks hold no thoughts")
+    for name in ("judges", "constitutions"):
+        given = getattr(c, name)
+        _require(all(isinstance(x, str) and x for x in given), f"preferences.{name}", given, "names in quotes: ('a', 'b')")
+    most = round(max(abs(bound - 0.5) for bound in c.clamp), 9) if thinks and c.combine == "priority" else 0.5
+    _require(0 <= c.decided <= most, "preferences.decided", c.decided, f"zero to {most:.3g}: no judgement goes farther")
 
 
 def _check_stages(cfg: Config) -> None:

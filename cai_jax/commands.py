@@ -9,6 +9,9 @@ cai constitution log    FILE [--json]                         who changed what, 
 cai constitution verify FILE [--workdir=runs/a]               whether the log is whole; 1: it is not
 cai constitution check FILE --judge=MODEL [--format=chat]     FILE.checks.toml by log-prob; 1: a case that was right is wrong
 cai constitution distance OLD NEW --judge=MODEL --probes=FILE [--limit=200]   how differently a judge labels the same pairs
+cai constitution ambiguity FILE --judge=MODEL --probes=FILE [--paraphrases=FILE] [--samples=5] [--limit=50] [--json]
+                                                              whose labels move with how the principle is put, and where
+cai constitution disputes --workdir=runs/a --out=FILE [--limit=50]            the comparisons that humans should label first
 cai constitution attribute --workdir=runs/a [--humans=FILE] [--json]          what each principle did in a run
 
 MODEL: a folder in Hugging Face format or owner/name of its hub; probes: comparisons as a run reads or writes them.
@@ -168,6 +171,27 @@ def distance_command(args) -> int:
     return judge.run_distance(*where, args.limit, new_file("--out", args.out) if args.out else None, say)
 
 
+def ambiguity_command(args) -> int:
+    from cai_jax import judge
+
+    where = args.file, args.judge, args.format, args.system, args.probes, args.paraphrases
+    return judge.run_ambiguity(*where, args.samples, args.limit, args.json, say)
+
+
+def disputes_command(args) -> int:
+    from cai_jax import panel, records
+
+    out, place = new_file("--out", args.out), Path(args.workdir) / "preferences/comparisons.jsonl"
+    judged = records.read(place, ("id", "messages", "response_a", "response_b", "p_a"))
+    if not any(r.get("disagreement") for r in judged):
+        raise InputError(f"{place}: nothing that could disagree: each label is one judgement (--config.preferences.principles)")
+    chosen = panel.disputed(judged, args.limit or len(judged))
+    kept = "id", "messages", "response_a", "response_b", "disagreement"  # not the label, which would lead who reads it
+    files.put(out, "".join(records.dumps({k: r[k] for k in kept}) for r in chosen).encode("utf-8"))
+    say(f"{args.out}: {len(chosen)} of {len(judged)} comparisons; give each a p_a from 0 (b is better) to 1 (a is)")
+    return 0
+
+
 def attribute_command(args) -> int:
     from cai_jax import data, records
     from cai_jax.constitution.attribution import HEADER, attribute, cells
@@ -231,6 +255,8 @@ def parser() -> argparse.ArgumentParser:
     judge = {"judge": ..., "format": "plain", "system": ""}
     command("check", check_command, "file", **judge, suite="", strict=False)
     command("attribute", attribute_command, workdir=..., humans="", json=False)
+    command("ambiguity", ambiguity_command, "file", **judge, probes=..., paraphrases="", samples=0, limit=0, json=False)
+    command("disputes", disputes_command, workdir=..., out=..., limit=0)
     command("distance", distance_command, "old", "new", **judge, probes=..., limit=0, out="")
     return top
 

@@ -63,6 +63,7 @@ class Data:
 class ConstitutionFile:
     path: str = "constitutions/miniworld.toml"
     exclude: tuple[str, ...] = ()  # principles that are left out, by category or id (ablation)
+    corrupt: tuple[str, ...] = ()  # principles whose words are put in a meaningless order, likewise
 
 
 @dataclass(frozen=True)
@@ -132,10 +133,14 @@ class SFT:
 @dataclass(frozen=True)
 class Preferences:
     judge: Checkpoint = Checkpoint()  # who compares; none: the base
+    judges: tuple[str, ...] = ()  # who else does: more such folders or names, talked to as the first is
+    constitutions: tuple[str, ...] = ()  # more files, beside constitution.path, about which every judge is asked
     policy: str = "sft"  # sft | base: whose responses are compared
     pairs: int = 1  # of responses, per prompt
     labels: str = "soft"  # soft | hard: p(A) as it is, or 0 / 1
-    principles: int = 1  # drawn per comparison; more are averaged
+    principles: int = 1  # drawn of each constitution per comparison
+    combine: str = "mean"  # of several judgements: mean | median | worst | agreement | priority (see panel.py)
+    decided: float = 0.1  # for priority: distance from a half at which principles settle it, and those after them do not count
     chain_of_thought: bool = False
     clamp: tuple[float, float] = (0.4, 0.6)  # of chain-of-thought labels only (paper 4.1)
     few_shot: str = ""  # TOML of examples put before every comparison; empty: none

@@ -20,3 +20,11 @@ def bootstrap(statistic: Callable, *columns: np.ndarray, seed: int = 0, times: i
     rng, n = np.random.default_rng(seed), len(columns[0])
     drawn = (rng.integers(0, n, n) for _ in range(times))
     return [float(x) for x in np.percentile([statistic(*(c[rows] for c in columns)) for rows in drawn], (2.5, 97.5))]
+
+
+def crossed(x_SN: np.ndarray, seed: int = 0, times: int = 2000) -> list[float]:
+    """Percentile interval [low, high] of the mean of x, of which seeds and prompts are drawn again, each apart: the spread
+    between seeds counts, and that between prompts (the bootstrap of two-way data, Owen 2007)."""
+    rng, (S, N) = np.random.default_rng(seed), x_SN.shape
+    means = [x_SN[rng.integers(0, S, S)].mean(axis=0)[rng.integers(0, N, N)].mean() for _ in range(times)]
+    return [float(x) for x in np.percentile(means, (2.5, 97.5))]

@@ -2,24 +2,32 @@
 commands of `cai constitution` that ask one."""
 
 import json
+import tempfile
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cai_jax import checks, data, files, prompts, stages
-from cai_jax.config import default
-from cai_jax.constitution import Constitution, Principle, check, distance, load
+from cai_jax import checks, data, files, prompts, records, stages
+from cai_jax.config import Sampling, default
+from cai_jax.constitution import Constitution, Principle, ambiguity, check, distance, load
 from cai_jax.constitution.check import Case
 from cai_jax.errors import InputError
+from cai_jax.generate import Request, sample_texts
 from cai_jax.models import LM, hf
 from cai_jax.progress import table
 from cai_jax.score import averaged_preference, option_logprobs
 from cai_jax.sharding import make_mesh
 
 OPTION_TOKENS = 8  # room for an option behind a context
+THOUGHT = Sampling(max_tokens=96, batch_size=64)  # of a judge that reasons first
+
+
+READ = 3  # principles whose pairs are shown, and pairs of each
 
 
 @dataclass(frozen=True)
@@ -56,8 +64,29 @@ class Judge:
                         f"{what}: pair {n} ({begin!r} ...) under {principle.id!r} is longer than the judge's context of "
                         f"{self.lm.cfg.max_length} tokens; shorten it, or give another --judge"
                     )
+        return self.verdicts(contexts, what)
+
+    def verdicts(self, contexts: list[str], what: str) -> np.ndarray:
+        """P(the first is better) of comparisons that stand in both orders, one behind the other. -> float64 [N]."""
         logp = option_logprobs(self.lm, contexts, self.batch_size, self.mesh, what).reshape(-1, 2, 2)
         return np.asarray(averaged_preference(logp[:, 0], logp[:, 1]), np.float64)
+
+    def reasoned(self, asked: Sequence[tuple[Pair, Principle]], samples: int, what: str) -> np.ndarray:
+        """The same after `samples` thoughts (paper 4.1, chain of thought) of each, sampled apart. -> float64 [N, samples].
+
+        Raises InputError for a pair that the judge's context cannot hold with a thought.
+        """
+        requests = [
+            Request(f"{n}/{k}/{order}", prompts.reasoning(pair.messages, principle.comparison, *x, self.templates))
+            for n, (pair, principle) in enumerate(asked)
+            for k in range(samples)
+            for order, x in (("ab", (pair.a, pair.b)), ("ba", (pair.b, pair.a)))
+        ]
+        with tempfile.TemporaryDirectory() as folder, jax.set_mesh(self.mesh):
+            with closing(records.Journal(Path(folder) / "journal.jsonl")) as journal:
+                said = sample_texts(self.lm, requests, THOUGHT, 0, journal, self.mesh, self.templates, f"{what}, thoughts")
+        contexts = [prompts.verdict(r.context, s["text"], self.templates) for r, s in zip(requests, said, strict=True)]
+        return self.verdicts(contexts, what).reshape(len(asked), samples)
 
     def ensemble(self, pairs: Sequence[Pair], constitution: Constitution, what: str) -> np.ndarray:
         """P(a is better) under every principle. -> float64 [N, principles]."""
@@ -133,6 +162,54 @@ def run_distance(
         labels = [{"id": r["id"], "p_old": float(x), "p_new": float(y)} for r, x, y in zip(found, p, q, strict=True)]
         whole = result | {"prediction": moves, "labels": labels, "fingerprints": [a.fingerprint, b.fingerprint]}
         files.put(out, (json.dumps(whole, indent=1) + "\n").encode())
+    return 0
+
+
+def run_ambiguity(
+    path: str,
+    judge_path: str,
+    format: str,
+    system: str,
+    probes: str,
+    paraphrases: str,
+    samples: int,
+    limit: int,
+    json_: bool,
+    say,
+) -> int:
+    """See commands.py. -> the exit code."""
+    law = load(path, templates=prompts.TEMPLATES)
+    place = Path(paraphrases) if paraphrases else ambiguity.paraphrases_of(path)
+    others = ambiguity.load_paraphrases(place, law) if paraphrases or place.exists() else []
+    if samples == 1 or samples < 0:
+        raise InputError(f"--samples={samples}: wanted 2 thoughts or more, whose labels can differ, or 0")
+    found = data.load_comparisons(probes, limit, "probes")
+    if len(found) < distance.FEWEST:
+        raise InputError(f"--probes={probes}: {len(found)} pairs; an interval wants at least {distance.FEWEST}")
+    pairs = [Pair(p["messages"], p["response_a"], p["response_b"]) for p in found]
+    by = load_judge(judge_path, format, system, make_mesh((1, -1, 1)))
+    put = [(p.id, source, v) for p in law.principles for source, of in ambiguity.versions(p, others).items() for v in of]
+    p_QN = by.labels([(pair, v) for *_, v in put for pair in pairs], "labels").reshape(len(put), len(pairs))
+    labels: dict[str, dict[str, np.ndarray]] = {p.id: {} for p in law.principles}
+    for id, source in dict.fromkeys((id, source) for id, source, _ in put):
+        labels[id][source] = p_QN[[n for n, q in enumerate(put) if q[:2] == (id, source)]].T
+    if samples:
+        thought = by.reasoned([(pair, p) for p in law.principles for pair in pairs], samples, "labels")
+        for p, p_NV in zip(law.principles, thought.reshape(-1, len(pairs), samples), strict=True):
+            labels[p.id]["thoughts"] = p_NV
+    ranked = sorted(((id, ambiguity.ambiguity(of)) for id, of in labels.items()), key=lambda item: -item[1]["deviation"])
+    if json_:
+        say(json.dumps({id: f | {"pairs": [found[n]["id"] for n in f["pairs"]]} for id, f in ranked}, indent=1))
+        return 0
+    sources = dict.fromkeys(source for _, f in ranked for source in f["by_source"])
+    rows = [
+        [id, f"{f['deviation']:.3f}", _span(f), *(f"{f['by_source'].get(s, 0):.3f}" for s in sources), f"{f['split']:.0%}"]
+        for id, f in ranked
+    ]
+    table(f"{path} by {judge_path}, {len(pairs)} pairs", ["principle", "deviation", "95 %", *sources, "verdicts split"], rows)
+    for id, f in ranked[:READ]:
+        for n in f["pairs"][:READ]:
+            say(f"{id}: {found[n]['id']}: {found[n]['messages'][-1]['content'][:100]!r}")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 cai run --config=configs/miniworld.py --workdir=runs/a [--config.ppo.kl_coef=0.05 ...]
         [--coordinator=HOST:PORT --processes=N --process=I]
+cai ablate --config=configs/miniworld.py --workdir=runs/b [--drop=each] [--corrupt=ID,...] [--seeds=3] [--config.KEY=VALUE ...]
 cai compile --config=configs/llama3_8b.py --topology=v5e:16x16 [--slices=2] [--json]
 cai export --workdir=runs/a --model=rl_cai --out=DIR [--dtype=float32] [--adapter] [--check]
 cai constitution lint FILE ...                                         and more, see `cai constitution --help`
@@ -35,6 +36,9 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", None, "file with get_config(); --config.key=value overrides", lock_config=True
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run; the same command resumes it")
+DROP = flags.DEFINE_list("drop", [], "ablate: principles left out, one at a time: ids or categories, 'each', or 'categories'")
+CORRUPT = flags.DEFINE_list("corrupt", [], "ablate: likewise, of those whose words are put in an order without meaning")
+SEEDS = flags.DEFINE_integer("seeds", 1, "ablate: how many, from --config.seed on")
 COORDINATOR = flags.DEFINE_string("coordinator", "", "run: HOST:PORT of the first of several processes")
 PROCESSES = flags.DEFINE_integer("processes", 0, "run: how many there are; 0: as SLURM or a TPU says, otherwise one")
 PROCESS = flags.DEFINE_integer("process", -1, "run: the number of this one, from 0")
@@ -62,7 +66,14 @@ def with_local_models(cfg: configs.Config, fetch: Callable[[str, str], str] | No
         changes = {"path": (fetch or hf.local)(part.path, flag)} if isinstance(part, configs.Checkpoint | configs.Model) else {}
         inside = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
         changes |= {k: local(v, f"{flag}.{k}") for k, v in inside.items() if isinstance(v, configs.Checkpoint)}
+        changes |= {"judges": tuple(map(judge, part.judges))} if isinstance(part, configs.Preferences) else {}
         return dataclasses.replace(part, **changes)
+
+    def judge(path: str) -> str:
+        try:
+            return (fetch or hf.local)(path, "preferences.judges")
+        except InputError as error:  # which speaks of a key `path`
+            raise InputError(str(error).replace("preferences.judges.path=", "preferences.judges=")) from error
 
     return dataclasses.replace(cfg, **{k: local(getattr(cfg, k), k) for k in ("model", "sft", "preferences", "reward")})
 
@@ -78,22 +89,28 @@ def prepared(cfg: configs.Config) -> configs.Config:
     return here
 
 
-def run(cfg: configs.Config, workdir: Path) -> None:
-    """Every stage of `cfg.stages`, in order, under its mesh."""
+def join() -> None:
+    """Makes this process one of its run, which is told when its machine will end, and counts what it compiles."""
     import jax
-
-    from cai_jax.sharding import make_mesh
 
     hosts.patience = PATIENCE.value
     hosts.join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
     hand_over()
     if jax.default_backend() == "tpu" or maintenance.HOST in os.environ:
         stop_before_maintenance()
+    progress.watch_compiles()
+
+
+def run(cfg: configs.Config, workdir: Path) -> None:
+    """Every stage of `cfg.stages`, in order, under its mesh."""
+    import jax
+
+    from cai_jax.sharding import make_mesh
+
     who = hosts.check({"config": configs.as_dict(cfg)} | versions())
     open_run(workdir)
     entry = log.entry_of(cfg.constitution.path, TEMPLATES)
     hosts.once(begin_run, workdir, configs.as_dict(cfg), entry)
-    progress.watch_compiles()
     mesh = make_mesh(cfg.mesh)
     checks.check_batches(cfg, mesh.shape["data"] * mesh.shape["fsdp"])
     say(
@@ -156,11 +173,13 @@ def compile_steps(cfg: configs.Config) -> bool:
 def main(argv: list[str]) -> None:
     needed = {
         "run": {"config": CONFIG, "workdir": WORKDIR},
+        "ablate": {"config": CONFIG, "workdir": WORKDIR},
         "compile": {"config": CONFIG, "topology": TOPOLOGY},
         "export": {"workdir": WORKDIR, "model": MODEL, "out": OUT},
     }
     if len(argv) != 2 or argv[1] not in needed:
-        raise app.UsageError(f"wanted `cai run`, `cai compile`, `cai export` or `cai constitution`, got arguments {argv[1:]}")
+        commands = ", ".join(f"`cai {name}`" for name in (*needed, "constitution"))
+        raise app.UsageError(f"wanted {commands} or `cai audit`, got arguments {argv[1:]}")
     if missing := [f"--{name}" for name, flag in needed[argv[1]].items() if not flag.value]:
         raise app.UsageError(f"cai {argv[1]} needs {' and '.join(missing)}")
     logging.set_verbosity(logging.WARNING)  # orbax reports every file it writes
@@ -168,7 +187,13 @@ def main(argv: list[str]) -> None:
     code = 0
     try:
         if argv[1] == "run":
+            join()
             run(checks.resolve(CONFIG.value), folder_of(WORKDIR.value))
+        elif argv[1] == "ablate":
+            from cai_jax.ablate import ablate
+
+            join()
+            ablate(checks.resolve(CONFIG.value), folder_of(WORKDIR.value), DROP.value, CORRUPT.value, SEEDS.value, run)
         elif argv[1] == "compile":
             code = 0 if compile_steps(checks.resolve(CONFIG.value)) else 1
         else:

@@ -64,9 +64,12 @@ class Journal:
             write_text(self.path.with_name(f"{self.path.name}.{len(self.done):09d}"), text)
         self.done.update({i["key"]: i for i in items})
 
-    def remove(self) -> None:
+    def close(self) -> None:
         if self._file:
             self._file.close()
+
+    def remove(self) -> None:
+        self.close()
         if hosts.first():
             for part in _parts(self.path):
                 part.unlink(missing_ok=True)

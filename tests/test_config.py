@@ -145,6 +145,10 @@ def test_a_choice_outside_its_list_names_the_flag_and_the_list(flag):
         ("mesh", (1, "a", 1)),
         ("mesh", (1, 1)),
         ("preferences.clamp", (0.2, 0.4, 0.6)),
+        ("preferences.decided", 0.51),
+        ("preferences.decided", -0.1),
+        ("preferences.judges", ("",)),
+        ("preferences.constitutions", (3,)),
     ],
 )
 def test_a_value_that_cannot_run_names_its_flag(flag, value):
@@ -173,6 +177,13 @@ def test_the_edges_of_what_can_run(values):
 def test_thoughts_and_blocks_without_thoughts_are_not_mixed():
     with pytest.raises(ConfigError, match=r"--config.preferences.few_shot='x.toml': wanted none with chain_of_thought"):
         resolve(changed(preferences__few_shot="x.toml", preferences__chain_of_thought=True))
+
+
+def test_a_priority_of_clamped_thoughts_can_be_decided():
+    thoughts = {"preferences__chain_of_thought": True, "preferences__combine": "priority"}
+    resolve(changed(**thoughts))  # 0.1, and a clamp to 0.1 around a half
+    with pytest.raises(ConfigError, match=r"--config.preferences.decided=0.1: wanted zero to 0.05"):
+        resolve(changed(preferences__clamp=(0.48, 0.55), **thoughts))
 
 
 # Stages

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgba
 
-from cai_jax import figures
+from cai_jax import canvas, figures
 
 CATEGORIES = ("fraud & <b>", "illegal")
 
@@ -67,7 +67,7 @@ def test_by_category():
     ax = figures.by_category(MODELS).axes[0]
     bars = {c.get_label(): [b.get_height() for b in c] for c in ax.containers}
     assert bars == {"base": [0.875, 0.4375], "rl_cai": [0.25, 0.125]}
-    assert [c[0].get_facecolor() for c in ax.containers] == [to_rgba(figures.COLOURS[m]) for m in ("base", "rl_cai")]
+    assert [c[0].get_facecolor() for c in ax.containers] == [to_rgba(canvas.COLOURS[m]) for m in ("base", "rl_cai")]
     assert [t.get_text() for t in ax.get_xticklabels()] == [f"{c}\nn = 3" for c in CATEGORIES]
     assert {"Base", "RL-CAI", "88", "44", "25", "12"} == set(names(ax))
     first, second = (sorted(b.get_x() + b.get_width() / 2 for b in c) for c in ax.containers)
@@ -128,17 +128,17 @@ def test_labels():
 def test_names_at_line_ends_keep_apart():
     same = ROUNDS | {"by_category": {f"c{i}": [0.5, 0.4, 0.3 + i / 1000] for i in range(5)}}
     figure = figures.rounds(same)
-    figures.png(figure)
+    canvas.png(figure)
     extents = [t.get_window_extent() for t in figure.axes[1].texts]
     assert names(figure.axes[1]) == [f"c{i}" for i in range(5)]
     assert np.diff([(e.y0 + e.y1) / 2 for e in extents]).min() > 1.2 * 7 / 72 * figure.dpi  # 7 points high
 
 
 def test_text_from_data_is_cut_and_never_mathematics():
-    assert figures.short("a\n b") == "a b" and figures.short("x" * 40) == "x" * 17 + "…"
+    assert canvas.short("a\n b") == "a b" and canvas.short("x" * 40) == "x" * 17 + "…"
     odd = {"$\\bad{$" + "w" * 99: [0.5, 0.5, 0.5], "語": [0.1, 0.1, 0.1]}
     figure = figures.rounds(ROUNDS | {"by_category": odd})
-    assert figures.png(figure) == figures.png(figure)
+    assert canvas.png(figure) == canvas.png(figure)
     width = figure.axes[1].get_window_extent().width
     assert width > 100  # a long name does not push the axes away
 
@@ -151,7 +151,7 @@ def test_colours_tell_models_apart_for_every_eye():
         "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
         "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
     }
-    rgb = np.array([to_rgba(figures.COLOURS[m])[:3] for m in figures.LABELS])
+    rgb = np.array([to_rgba(canvas.COLOURS[m])[:3] for m in canvas.LABELS])
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     luminance = linear @ [0.2126, 0.7152, 0.0722]
     assert (1.05 / (luminance + 0.05)).min() > 4.4

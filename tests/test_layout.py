@@ -18,17 +18,18 @@ TIERS = (
     {"workdir"},
     {"config", "records", "sharding"},
     {"checks"},
-    {"constitution", "losses", "sampling", "metrics", "optim", "checkpoints", "tokenizer"},
+    {"constitution", "losses", "canvas", "sampling", "metrics", "optim", "checkpoints", "tokenizer"},
     {"prompts", "models", "figures", "markup"},  # 1
-    {"formats", "sources", "trees", "stops", "logprobs"},
+    {"formats", "sources", "trees", "stops", "logprobs", "panel"},
     {"data"},
     {"slots", "pairs"},  # 2
     {"generate", "score"},
     {"train"},  # 3
     {"experience"},
     {"stages", "miniworld", "evaluation"},  # 4: evaluation stands between what stages share and the stages
-    {"export", "ahead", "judge"},  # 5
+    {"export", "ahead", "judge", "ablate"},  # 5
     {"main", "commands"},
+    {"audit"},  # which says things as commands do
     {"__main__"},
 )
 TIER = {room: tier for tier, rooms in enumerate(TIERS) for room in rooms}
@@ -38,6 +39,7 @@ SIBLINGS = (
     ("models.", "models."),
     ("constitution.", "constitution."),
     ("ahead.", "ahead."),
+    ("audit.", "audit."),
     ("miniworld.", "miniworld."),
     ("stages.", "evaluation"),
     ("stages.", "stages"),  # what stages share stands in stages/__init__.py

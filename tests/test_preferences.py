@@ -17,7 +17,7 @@ from cai_jax.stages import preferences, reward
 ROOT = Path(__file__).parent.parent
 CONSTITUTION = constitutions.load(ROOT / "constitutions" / "miniworld.toml", templates=prompts.TEMPLATES)
 PRINCIPLE = CONSTITUTION.principles[0]
-JOURNAL = None  # nothing here is sampled
+SEAT = preferences.Seat("judge", 1, CONSTITUTION, {})
 
 
 def sigmoid(x):
@@ -58,7 +58,10 @@ def judged(monkeypatch, judge, pairs=PAIRS, said=None, drops=None, **settings):
     if said:
         monkeypatch.setattr(preferences, "sample_texts", lambda lm, asked, *_: [{"text": said(r)} for r in asked])
     cfg = Config(preferences=Preferences(**settings))
-    return preferences.judge(cfg, None, CONSTITUTION, pairs, JOURNAL, None, drops or records.Drops())
+    journal = SimpleNamespace(done={}, add=lambda items: None)
+    found = preferences.judge(cfg, None, SEAT, pairs, journal, None)
+    kept = [p for p in pairs if (drops or records.Drops()).keep(p["id"] in found, "longer than the judge's context")]
+    return preferences.labelled(cfg, [SEAT], kept, [found])
 
 
 def labels(out):

@@ -12,7 +12,7 @@ import numpy as np
 
 from cai_jax import constitution as constitutions
 from cai_jax import generate as engine
-from cai_jax import optim, prompts, records, score
+from cai_jax import optim, panel, prompts, records, score
 from cai_jax.ahead import shapes
 from cai_jax.ahead.shapes import TOK, array, batch, conversation, longest_prompt, shaped, text
 from cai_jax.ahead.work import Work
@@ -134,32 +134,42 @@ def sft(cfg: Config, mesh) -> list[Step]:
 
 
 def preferences(cfg: Config, mesh) -> list[Step]:
-    c, judge = cfg.preferences, shapes.model(cfg, mesh, "judge")
+    c, before = cfg.preferences, ""
     out = sampling(cfg, mesh, "preferences", OF_INIT[c.policy], c.sampling, prompts.dialogue(conversation(cfg)))
-    constitution = constitutions.load(cfg.constitution.path, cfg.constitution.exclude, templates=prompts.TEMPLATES)
-    drawn, before = sorted(constitution.principles, key=lambda p: -len(p.comparison))[: c.principles], ""
+    files = [(law.constitution.path, law.constitution.exclude) for law in panel.laws(cfg)]
+    laws = [constitutions.load(*file, templates=prompts.TEMPLATES) for file in files]
+    longest = [sorted(law.principles, key=lambda p: -len(p.comparison))[: c.principles] for law in laws]
+    drawn = max(longest, key=lambda principles: sum(len(p.comparison) for p in principles))
     if c.few_shot:
         blocks = load_few_shot(c.few_shot).comparisons
         before = prompts.few_shot_comparison(blocks, [drawn[0]] * len(blocks))
-    ask, contexts = prompts.reasoning if c.chain_of_thought else prompts.comparison, []
+    ask, asked = prompts.reasoning if c.chain_of_thought else prompts.comparison, []
     for n in range(-(-c.score_batch // len(drawn))):
         a, b = (text(c.sampling.max_tokens, n, side) for side in (1, 2))
-        contexts += [before + ask(conversation(cfg, n), p.comparison, *x) for p in drawn for x in ((a, b), (b, a))]
+        asked += [before + ask(conversation(cfg, n), p.comparison, *x) for p in drawn for x in ((a, b), (b, a))]
+    contexts = asked
     if c.chain_of_thought:
-        out += sampling(cfg, mesh, "preferences", "judge", c.thought, contexts[0])
-        contexts = [prompts.verdict(x, text(c.thought.max_tokens, n, 3)) for n, x in enumerate(contexts)]
-    net = Transformer(judge.net.cfg, judge.net.dtype, unrolled=True)
-    plan = score.plan([TOK.options(x, prompts.OPTIONS) for x in contexts], net.cfg.width, c.score_batch, batch_ways(mesh))
-    params, (prefix, room) = (
-        shapes.served(net, judge.params, mesh, c.thought.gather),
-        shapes.prefix(net, mesh, len(plan.before)),
-    )
-    rows = batch({k: x[: plan.batch_size] for k, x in plan.rows.items()}, mesh)
-    B, T = rows["tokens"].shape
-    lower = partial(score.tree_logprobs.lower, net, params, prefix, array(mesh, jnp.int32), rows)
-    sizes = f"{B:,} rows of {T:,} tokens" + f" behind {room:,}" * bool(room)
-    work = Work(net).texts(B, T, "trees", room).head(rows["at"].size)
-    return [*out, Step("preferences", "score options", sizes, lower, work, {})]
+        contexts = [prompts.verdict(x, text(c.thought.max_tokens, n, 3)) for n, x in enumerate(asked)]
+    encoded, judges = [TOK.options(x, prompts.OPTIONS) for x in contexts], {}
+    for name, alone in panel.judges(cfg, checkpoint(cfg, "judge")).items():
+        judges.setdefault(checkpoint(alone, "judge"), (name, alone))  # of one folder of shapes: their steps are the same
+    for name, alone in judges.values():
+        judge = shapes.model(alone, mesh, "judge")
+        if c.chain_of_thought:
+            out += sampling(alone, mesh, "preferences", "judge", c.thought, asked[0])
+        net = Transformer(judge.net.cfg, judge.net.dtype, unrolled=True)
+        plan = score.plan(encoded, net.cfg.width, c.score_batch, batch_ways(mesh))
+        params, (prefix, room) = (
+            shapes.served(net, judge.params, mesh, c.thought.gather),
+            shapes.prefix(net, mesh, len(plan.before)),
+        )
+        rows = batch({k: x[: plan.batch_size] for k, x in plan.rows.items()}, mesh)
+        B, T = rows["tokens"].shape
+        lower = partial(score.tree_logprobs.lower, net, params, prefix, array(mesh, jnp.int32), rows)
+        sizes = f"{B:,} rows of {T:,} tokens" + f" behind {room:,}" * bool(room) + f", {name}" * (len(judges) > 1)
+        work = Work(net).texts(B, T, "trees", room).head(rows["at"].size)
+        out.append(Step("preferences", "score options", sizes, lower, work, {}))
+    return out
 
 
 def pairs(cfg: Config, mesh, m: shapes.Model, stage: str) -> tuple[dict[str, np.ndarray], str]:

@@ -8,7 +8,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -61,12 +61,15 @@ class Constitution:
     priority: tuple[str, ...] = ()
 
 
-def load(path: str | Path, exclude: Sequence[str] = (), *, templates: Mapping[str, str]) -> Constitution:
+def load(
+    path: str | Path, exclude: Sequence[str] = (), corrupt: Sequence[str] = (), *, templates: Mapping[str, str]
+) -> Constitution:
     """Reads a constitution from TOML: `name`, `version`, `[[principle]]` tables and, optionally, `priority`, `[templates]`.
 
     Args:
       path: the file. Texts are stored without outer white space, templates as they are.
       exclude: ids of principles, or categories of them, that are left out, for ablations.
+      corrupt: likewise, of those that keep their place and their words, but in an order without meaning.
       templates: the default templates (`prompts.TEMPLATES`). An entry of the file's `[templates]` replaces the default
         of its name and must use the same placeholders.
 
@@ -81,7 +84,8 @@ def load(path: str | Path, exclude: Sequence[str] = (), *, templates: Mapping[st
     principles = tuple(
         Principle(**{k: v.strip() if isinstance(v, str) else float(v) for k, v in row.items()}) for row in doc["principle"]
     )
-    principles = _without(path, principles, exclude)
+    spoilt = _named(path, principles, corrupt, "corrupt")
+    principles = tuple(_scrambled(p) if p in spoilt else p for p in _without(path, principles, exclude))
     merged = dict(templates) | doc.get("templates", {})
     there = {name for p in principles for name in (p.id, p.category)}
     priority = tuple(name for name in map(str.strip, doc.get("priority", ())) if name in there)
@@ -224,18 +228,29 @@ def _check_allow(path: str | Path, allow: object) -> None:
         raise InputError(f"{path}: allow is {shown(allow)}; wanted a list of what lint is not to say: 'RULE', or 'RULE ID'")
 
 
-def _without(path: str | Path, principles: tuple[Principle, ...], exclude: Sequence[str]) -> tuple[Principle, ...]:
+def _named(path: str | Path, principles: Sequence[Principle], names: Sequence[str], verb: str) -> set[Principle]:
+    """The principles of these ids and categories."""
     categories, known = sorted({p.category for p in principles}), {name for p in principles for name in (p.id, p.category)}
-    for name in exclude:
+    for name in names:
         if name not in known:
             raise InputError(
-                f"{path}: cannot exclude the unknown {name!r}{hint(name, sorted(known))}; wanted the id of a principle, or a "
+                f"{path}: cannot {verb} the unknown {name!r}{hint(name, sorted(known))}; wanted the id of a principle, or a "
                 f"category: {', '.join(categories)}"
             )
-    kept = tuple(p for p in principles if p.category not in exclude and p.id not in exclude)
-    if not kept:
+    return {p for p in principles if p.category in names or p.id in names}
+
+
+def _without(path: str | Path, principles: tuple[Principle, ...], exclude: Sequence[str]) -> tuple[Principle, ...]:
+    out = _named(path, principles, exclude, "exclude")
+    if len(out) == len(principles):
         raise InputError(f"{path}: nothing left after excluding {', '.join(exclude)}; keep at least one principle")
-    return kept
+    return tuple(p for p in principles if p not in out)
+
+
+def _scrambled(p: Principle) -> Principle:
+    """The words of each part in an order that only they decide."""
+    parts = {part: getattr(p, part).split() for part in PARTS[2:]}
+    return replace(p, **{k: " ".join(sorted(words, key=lambda w: digest([p.id, w]))) for k, words in parts.items()})
 
 
 def _names(doc: dict, key: str) -> list:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cai_jax import checkpoints, formats, prompts, records, sources, tokenizer
+from cai_jax import checkpoints, formats, panel, prompts, records, sources, tokenizer
 from cai_jax import constitution as constitutions
 from cai_jax.config import Checkpoint, Config, as_dict
 from cai_jax.data import load_comparisons, load_prompts
@@ -65,19 +65,15 @@ def load_format(cfg: Config, name: str = "base") -> tuple[tokenizer.Tokenizer, d
 def load_constitution(cfg: Config, name: str = "base") -> constitutions.Constitution:
     """The constitution, in the templates of a model."""
     templates = prompts.TEMPLATES if checkpoint(cfg, name).format == "plain" else load_format(cfg, name)[1]
-    found = constitutions.load(cfg.constitution.path, cfg.constitution.exclude, templates=templates)
+    c = cfg.constitution
+    found = constitutions.load(c.path, c.exclude, c.corrupt, templates=templates)
     if own := [k for k, text in found.templates.items() if text != templates[k] and tokenizer.MARKS.search(text)]:
-        raise InputError(f"{cfg.constitution.path}: the template {own[0]!r} holds a noncharacter of Unicode; remove it")
+        raise InputError(f"{c.path}: the template {own[0]!r} holds a noncharacter of Unicode; remove it")
     return found
 
 
 def inputs_of(
-    cfg: Config,
-    workdir: Path,
-    section: str,
-    files: dict[str, str] | None = None,
-    after: tuple[str, ...] = (),
-    models: tuple[str, ...] = ("base",),
+    cfg: Config, workdir: Path, section: str, files: dict[str, str] | None = None, after: tuple = (), models: tuple = ("base",)
 ) -> dict:
     """What a stage's result depends on: its section, the seed, the checkpoints of its models, files read and the outputs of
     earlier stages."""
@@ -85,7 +81,7 @@ def inputs_of(
         "config": as_dict(getattr(cfg, section)),
         "seed": cfg.seed,
         "compute_dtype": compute_dtype(cfg.model.compute_dtype).name,
-        "models": {m: _identity(cfg, m) for m in models},
+        "models": {m: identity(cfg, m) for m in models},
         "files": {name: sources.digest(path) for name, path in (files or {}).items() if path},
         "stages": {stage: outputs(stage, workdir) for stage in after},
     }
@@ -106,7 +102,7 @@ def _trained(cfg: Config, stage: str):
     return adapter if adapts(cfg, stage) else cfg.model.trained_dtype
 
 
-def _identity(cfg: Config, name: str) -> dict:
+def identity(cfg: Config, name: str) -> dict:
     """What a model's checkpoint is, wherever it lies."""
     c = checkpoint(cfg, name)
     return as_dict(c) | {"path": _content(c.path)}
@@ -114,7 +110,7 @@ def _identity(cfg: Config, name: str) -> dict:
 
 def same_texts(cfg: Config, a: str, b: str) -> bool:
     """Whether two models read the same tokens in the same templates."""
-    return _identity(cfg, a) == _identity(cfg, b)
+    return identity(cfg, a) == identity(cfg, b)
 
 
 @cache  # weights are gigabytes, and every stage asks
@@ -180,7 +176,7 @@ def require_same(cfg: Config, workdir: Path, name: str) -> None:
         record = workdir / (STAGE_OF[name] or "") / "inputs.json"
         if STAGE_OF[name] and record.exists():
             was = {k: v for k, v in read_json(record).items() if k in ("models", "trained")}
-            models = {m: _identity(cfg, m) for m in was["models"]}
+            models = {m: identity(cfg, m) for m in was["models"]}
             now = {"models": models, "trained": _trained(cfg, STAGE_OF[name])}
             if changed := difference(was, json.loads(json.dumps(now))):
                 raise InputError(
@@ -198,19 +194,26 @@ def check_data(cfg: Config) -> None:
 
 
 def check_models(cfg: Config) -> None:
-    """Looks at every checkpoint that the stages will want, before the first begins: its configuration and its tokenizer. Raises
-    InputError that names its flag."""
+    """Looks at every checkpoint that the stages will want, before the first begins: its configuration and its tokenizer; and at
+    who is on a panel. Raises InputError that names its flag."""
     places = {"judge": "preferences.judge", "reward": "reward.model"}  # the others that are not the base's are sft.model's
-    of_stage = {"sft": "sl_cai", "preferences": "judge", "reward": "reward", "dpo": "dpo_cai", "ppo": "rl_cai"}
-    for name in ("base", *(of_stage[s] for s in cfg.stages if s in of_stage)):
-        own = checkpoint(cfg, name) != checkpoint(cfg, "base")
+    of_stage = {"sft": "sl_cai", "reward": "reward", "dpo": "dpo_cai", "ppo": "rl_cai"}
+    judges = panel.judges(cfg, checkpoint(cfg, "judge")) if "preferences" in cfg.stages else {}
+    wanted = [(name, cfg) for name in ("base", *(of_stage[s] for s in cfg.stages if s in of_stage))]
+    for name, one in wanted + [("judge", one) for one in judges.values()]:
         try:
-            arch = _fitting(cfg, name, load_format(cfg, name)[0])
+            tok, templates = load_format(one, name)
+            arch = _fitting(one, name, tok)
             if adapts(cfg, STAGE_OF[name]):
                 lora.init(lora.attach(arch, cfg.lora), jax.random.key(0))
+            if name == "judge":
+                panel.check_options(checkpoint(one, name).path, tok, templates)
         except InputError as error:
-            flag = places.get(name, "sft.model") if own else "model"
-            raise InputError(str(error).replace("--config.model.", f"--config.{flag}.")) from error
+            flag = places.get(name, "sft.model") if checkpoint(cfg, name) != checkpoint(cfg, "base") else "model"
+            said = str(error) if one is cfg else str(error).replace("--config.model.path", "--config.preferences.judges")
+            raise InputError(said.replace("--config.model.", f"--config.{flag}.")) from error
+    if judges and (cfg.preferences.judges or cfg.preferences.constitutions):
+        panel.check(cfg, judges, [load_constitution(law, "judge") for law in panel.laws(cfg)])
 
 
 def load_whole(cfg: Config, workdir: Path, mesh, name: str, merged: bool = True) -> LM:

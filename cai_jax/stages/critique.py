@@ -77,7 +77,7 @@ def revise(cfg: Config, constitution, record: dict, examples: str, heat: list[fl
     out = record | {"response": said["text"], "finished": said["finished"], "temperature": heat[0], "rounds": []}
     last = said["text"]
     for n in range(1, c.rounds + 1):
-        principle, critique = _principle(cfg, constitution, i, n), {"text": None}
+        principle, critique = drawn(cfg, constitution, i, n), {"text": None}
         if c.direct:
             context = examples + prompts.dialogue(messages, templates) + prompts.completion(last, templates)
         else:
@@ -118,7 +118,8 @@ def whole(found: list[dict | None], constitution) -> tuple[list[dict], dict]:
     return kept, drops.counts(len(found), len(kept))
 
 
-def _principle(cfg: Config, constitution, record_id: str, n: int) -> constitutions.Principle:
+def drawn(cfg: Config, constitution, record_id: str, n: int) -> constitutions.Principle:
+    """The principle of a record's round, from 1."""
     if not cfg.critique.use_principles:
         return constitutions.GENERIC
     return constitutions.sample(constitution, cfg.seed, STAGE, record_id, n)[0]

@@ -1,16 +1,19 @@
 """AI preference labels (paper 4.1): two samples per prompt, judged by the base, or another model, through option log-probs.
 
-Both orders are averaged, which removes a preference for a position; the label stays soft. Every judgement of every principle
-is kept in the record. Writes preferences/comparisons.jsonl.
+Both orders are averaged, which removes a preference for a position; the label stays soft. Several judges, constitutions and
+principles are a panel (see panel.py), whose judges go one after another over all pairs. Every judgement of every principle is
+kept in the record. Writes preferences/comparisons.jsonl.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from cai_jax import constitution as constitutions
-from cai_jax import prompts, records
+from cai_jax import panel, prompts, records
 from cai_jax.config import Config
+from cai_jax.constitution import Constitution
 from cai_jax.constitution.few_shot import load_few_shot
 from cai_jax.data import load_pool
 from cai_jax.errors import InputError
@@ -18,19 +21,55 @@ from cai_jax.generate import Request, fits, sample_texts
 from cai_jax.losses import preference_from_logprobs
 from cai_jax.score import averaged_preference, option_logprobs
 from cai_jax.slots import ready
-from cai_jax.stages import OF_INIT, inputs_of, load_constitution, load_lm
+from cai_jax.stages import OF_INIT, checkpoint, identity, inputs_of, load_constitution, load_lm
 from cai_jax.workdir import begin, finish
 
 STAGE = "preferences"
 OPTION_TOKENS = 8  # room for an option in any tokenizer
+MARK = 16  # digits of a fingerprint that name a constitution
+FIRST = "judge 1"  # seat, whose thoughts have the keys they had before there were others
+
+
+class Seat(NamedTuple):
+    """A judge with a constitution."""
+
+    judge: str  # its name, see panel.judges
+    number: int  # of the constitution, from 1, see panel.laws
+    constitution: Constitution  # in the templates of the judge
+    named: dict[str, str]  # what tells its judgements from those of others; {}: there are no others
+
+    @property
+    def key(self) -> str:
+        """In the journal."""
+        return f"{self.judge} {self.number}"
+
+    @property
+    def templates(self) -> dict[str, str]:
+        return self.constitution.templates
+
+    def drawn(self, cfg: Config, id: str, *what, k: int = 1) -> tuple[constitutions.Principle, ...]:
+        """Principles for a record: the same for every judge, and of a constitution whatever others there are."""
+        further = (f"constitution{self.number}",) if self.number > 1 else ()
+        return constitutions.sample(self.constitution, cfg.seed, STAGE, id, *further, *what, k=k)
+
+
+def seats_of(judges: dict[str, Config]) -> list[Seat]:
+    """Every judge with every constitution, in their order; see panel.judges."""
+    laws = {name: [load_constitution(law, "judge") for law in panel.laws(alone)] for name, alone in judges.items()}
+    marks = [law.fingerprint[:MARK] for law in laws["judge"]]  # of one file for all judges, whatever their templates
+    named = {"judge": len(judges) > 1, "constitution": len(marks) > 1}
+    return [
+        Seat(name, n, law, {k: v for k, v in (("judge", name), ("constitution", marks[n - 1])) if named[k]})
+        for name, own in laws.items()
+        for n, law in enumerate(own, 1)
+    ]
 
 
 def run(cfg: Config, workdir: Path, mesh) -> bool:
-    folder, c = workdir / STAGE, cfg.preferences
-    constitution, writer = load_constitution(cfg, "judge"), OF_INIT[c.policy]
-    after, files = ("sft",) if c.policy == "sft" else (), {"redteam": cfg.data.redteam, "few_shot": c.few_shot}
-    inputs = inputs_of(cfg, workdir, STAGE, files, after, (writer, "judge")) | {"constitution": constitution.fingerprint}
-    if not begin(STAGE, workdir, inputs):
+    folder, c, writer = workdir / STAGE, cfg.preferences, OF_INIT[cfg.preferences.policy]
+    judges = panel.judges(cfg, checkpoint(cfg, "judge"))
+    seats = seats_of(judges)
+    if not begin(STAGE, workdir, _inputs(cfg, workdir, judges, seats)):
         return False
     journal = records.Journal(folder / "journal.jsonl")
     policy = ready(load_lm(cfg, workdir, mesh, writer), c.sampling.gather)
@@ -51,30 +90,53 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
             and drops.keep(a["text"] != b["text"], "identical responses")
         ):
             pairs.append(p | {"response_a": a["text"], "response_b": b["text"]})
-    judged = []
-    if pairs:
-        lm = ready(load_lm(cfg, workdir, mesh, "judge"), c.thought.gather, decoding=c.chain_of_thought)
-        judged = judge(cfg, lm, constitution, pairs, journal, mesh, drops)
+    found = []
+    for name, alone in judges.items() if pairs else ():
+        lm = ready(load_lm(alone, workdir, mesh, "judge"), c.thought.gather, decoding=c.chain_of_thought)
+        for seat in (s for s in seats if s.judge == name):
+            found.append(judge(cfg, lm, seat, pairs, journal, mesh))
+            pairs = [p for p in pairs if drops.keep(p["id"] in found[-1], "longer than the judge's context")]
+        del lm  # before the next one is loaded
+    judged = labelled(cfg, seats, pairs, found)
     if not judged:
         raise InputError(
             f"preferences: of {len(todo)} prompts none gave two different responses to judge: {dict(drops.reasons)}"
         )
     records.write(folder / "comparisons.jsonl", judged)
-    counts = drops.counts(len(todo), len(judged)) | label_statistics(judged) | {"prompts": {"redteam": counted}}
+    counts = drops.counts(len(todo), len(judged)) | label_statistics(judged) | panel.statistics(judged)
+    if several := {s.named["constitution"]: s.constitution.name for s in seats if "constitution" in s.named}:
+        counts["constitutions"] = several
+    counts["prompts"] = {"redteam": counted}
     finish(STAGE, workdir, counts, ("comparisons.jsonl",))
     journal.remove()
     return True
 
 
-def judge(cfg: Config, lm, constitution, pairs: list[dict], journal, mesh, drops) -> list[dict]:
-    """Comparison records with p_a in [0, 1] and the judgements behind it, one per principle. A pair that the judge's context
-    cannot hold is dropped and counted."""
-    c, templates = cfg.preferences, constitution.templates
+def _inputs(cfg: Config, workdir: Path, judges: dict[str, Config], seats: list[Seat]) -> dict:
+    """See inputs_of. What a panel adds is there for a panel alone: without one they are as before there were any."""
+    c = cfg.preferences
+    after, files = ("sft",) if c.policy == "sft" else (), {"redteam": cfg.data.redteam, "few_shot": c.few_shot}
+    inputs = inputs_of(cfg, workdir, STAGE, files, after, (OF_INIT[c.policy], "judge"))
+    inputs["models"] |= {name: identity(alone, "judge") for name, alone in judges.items()}
+    inputs["constitution"] = seats[0].constitution.fingerprint
+    if len(seats) > 1:
+        inputs["constitutions"] = {s.key: s.constitution.fingerprint for s in seats}
+    said = {"judges": True, "constitutions": True, "combine": c.combine == "mean", "decided": c.combine != "priority"}
+    inputs["config"] = {k: v for k, v in inputs["config"].items() if not said.get(k)}  # said above, or without effect
+    return inputs
+
+
+def judge(cfg: Config, lm, seat: Seat, pairs: list[dict], journal, mesh) -> dict[str, list[dict]]:
+    """Id of a pair -> a judge's judgements under a constitution, one per principle drawn. Pairs that the judge's context cannot
+    hold are not in it."""
+    if done := journal.done.get(seat.key):
+        return done["judgements"]
+    c, templates = cfg.preferences, seat.templates
     blocks = load_few_shot(c.few_shot).comparisons if c.few_shot else ()
     layout = prompts.reasoning if c.chain_of_thought else prompts.comparison
 
     def in_both_orders(p: dict, principle) -> list[str]:
-        drawn = [constitutions.sample(constitution, cfg.seed, STAGE, p["id"], "few-shot", i)[0] for i in range(len(blocks))]
+        drawn = [seat.drawn(cfg, p["id"], "few-shot", i)[0] for i in range(len(blocks))]
         prefix = prompts.few_shot_comparison(blocks, drawn, templates) if blocks else ""
         a, b = p["response_a"], p["response_b"]
         return [prefix + layout(p["messages"], principle.comparison, *order, templates) for order in ((a, b), (b, a))]
@@ -84,32 +146,42 @@ def judge(cfg: Config, lm, constitution, pairs: list[dict], journal, mesh, drops
             return fits(lm, prompts.verdict(context, "", templates), c.thought.max_tokens + OPTION_TOKENS)
         return fits(lm, context, OPTION_TOKENS)
 
-    kept, asked = [], []  # asked: (record, principle, its context in both orders), k in a row for every record kept
+    asked = []  # (record, principle, its context in both orders), k in a row for every record that there is room for
     for p in pairs:
-        drawn = constitutions.sample(constitution, cfg.seed, STAGE, p["id"], k=c.principles)
-        rows = [(p, q, in_both_orders(p, q)) for q in drawn]
-        if drops.keep(all(room(x) for *_, both in rows for x in both), "longer than the judge's context"):
-            kept.append(p)
-            asked += rows
+        rows = [(p, q, in_both_orders(p, q)) for q in seat.drawn(cfg, p["id"], k=c.principles)]
+        asked += rows if all(room(x) for *_, both in rows for x in both) else []
+    if not asked:
+        return {}
     contexts = [x for *_, both in asked for x in both]
     thoughts = [None] * len(contexts)
     if c.chain_of_thought:
-        keys = [f"{p['id']}/{q.id}/{order}" for p, q, _ in asked for order in ("ab", "ba")]
+        last = "" if seat.key == FIRST else f"/{seat.key}"
+        keys = [f"{p['id']}/{q.id}/{order}{last}" for p, q, _ in asked for order in ("ab", "ba")]
         requests = [Request(k, x) for k, x in zip(keys, contexts, strict=True)]
         said = sample_texts(lm, requests, c.thought, cfg.seed, journal, mesh, templates, "thoughts")
         thoughts = [s["text"] for s in said]
         contexts = [prompts.verdict(x, t, templates) for x, t in zip(contexts, thoughts, strict=True)]
-    logp = option_logprobs(lm, contexts, c.score_batch, mesh, "judge").reshape(len(asked), 2, 2)
-    judgements = [
-        _judgement(q, logp[n], thoughts[2 * n : 2 * n + 2] if c.chain_of_thought else None, c)
-        for n, (_, q, _) in enumerate(asked)
-    ]
-    out = []
-    for n, p in enumerate(kept):
-        rows = judgements[n * c.principles : (n + 1) * c.principles]
-        soft = float(np.mean([r["p_a"] for r in rows]))
+    logp = option_logprobs(lm, contexts, c.score_batch, mesh, seat.judge).reshape(len(asked), 2, 2)
+    out = {p["id"]: [] for p, *_ in asked}
+    for n, (p, q, _) in enumerate(asked):
+        said = thoughts[2 * n : 2 * n + 2] if c.chain_of_thought else None
+        out[p["id"]].append(seat.named | _judgement(q, logp[n], said, c))
+    journal.add([{"key": seat.key, "judgements": out}])
+    return out
+
+
+def labelled(cfg: Config, seats: list[Seat], pairs: list[dict], found: list[dict[str, list[dict]]]) -> list[dict]:
+    """Comparison records: `pairs` with p_a in [0, 1] and the judgements behind it, of every seat (see `judge`); of several also
+    how much they differ."""
+    c, out = cfg.preferences, []
+    ranks = [{q.id: constitutions.rank(s.constitution, q) for q in s.constitution.principles} for s in seats]
+    for p in pairs:
+        rows = [(j, rank[j["principle"]]) for of, rank in zip(found, ranks, strict=True) for j in of[p["id"]]]
+        judgements, p_M = [j for j, _ in rows], [j["p_a"] for j, _ in rows]
+        soft = panel.combined(p_M, [rank for _, rank in rows], c.combine, c.decided)
         p_a = soft if c.labels == "soft" else float(soft > 0.5) if soft != 0.5 else 0.5
-        out.append(p | {"p_a": p_a, "source": "ai", "judgements": rows, "constitution": constitution.fingerprint})
+        label = {"p_a": p_a, "source": "ai"} | ({"disagreement": panel.disagreement(p_M)} if len(rows) > 1 else {})
+        out.append(p | label | {"judgements": judgements, "constitution": seats[0].constitution.fingerprint})
     return out
 
 

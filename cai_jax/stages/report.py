@@ -7,7 +7,7 @@ import json
 from functools import cached_property, partial
 from pathlib import Path
 
-from cai_jax import figures, metrics, progress, records
+from cai_jax import canvas, figures, metrics, progress, records
 from cai_jax.config import Config, as_dict
 from cai_jax.constitution import Constitution
 from cai_jax.files import read_json
@@ -53,7 +53,7 @@ class Run:
     def models(self) -> dict:
         """Of evaluate/results.json, in the order they are shown; {} when there is none."""
         found = self.find("evaluate", "results.json", read_json, {"models": {}})["models"]
-        return {m: found[m] for m in figures.ordered(found)}
+        return {m: found[m] for m in canvas.ordered(found)}
 
 
 def run(cfg: Config, workdir: Path, mesh) -> bool:
@@ -174,7 +174,7 @@ def reward(r: Run) -> list | None:
             value = f"{of['n']}: accuracy {number(of['accuracy'])}, calibration error {number(of['calibration_error'])}"
             said.append((f"Held-out {who} comparisons", value))
     caption = "Held-out comparisons in bins of the model's probability; the area of a dot is their number."
-    curves = training(r, "reward", figures.REWARD_PANELS, figures.INK)
+    curves = training(r, "reward", figures.REWARD_PANELS, canvas.INK)
     calibration = [facts(said), draw(r, "calibration", figures.calibration(found), caption)] if said else []
     return [*calibration, curves] if said or curves else None
 
@@ -190,7 +190,7 @@ def answers(r: Run) -> list:
         shown = []
         for p in prompts:
             of = by_id[p["id"]]
-            shown.append([dialogue(p["messages"]), side_by_side([answer(m, of[m]) for m in figures.ordered(of)])])
+            shown.append([dialogue(p["messages"]), side_by_side([answer(m, of[m]) for m in canvas.ordered(of)])])
         blocks.append(fold([category, " ", tag("small", prompts[0]["kind"])], shown, unfolded=not blocks))
     return blocks
 
@@ -210,7 +210,7 @@ def transcripts(r: Run) -> list:
         for t in chosen:
             shown = [dialogue(t["messages"]), revisions(t) if t["id"] in revised else None]
             shown.append(judgement(judged[t["id"]], questions) if t["id"] in judged else None)
-            title = [category, " ", tag("small", figures.short(t["messages"][-1]["content"], 110))]
+            title = [category, " ", tag("small", canvas.short(t["messages"][-1]["content"], 110))]
             blocks.append(fold(title, tag("div", shown, class_="step"), unfolded=not blocks))
     return blocks
 
@@ -261,7 +261,7 @@ def draw(r: Run, name: str, figure, caption: str) -> Html | None:
     """The figure in the page, and in r.pngs for the folder; nothing when it shows no data."""
     if not any(ax.has_data() for ax in figure.axes):
         return None
-    r.pngs[name] = figures.png(figure)
+    r.pngs[name] = canvas.png(figure)
     return picture(r.pngs[name], round(100 * figure.get_figwidth()), caption)
 
 
@@ -271,7 +271,7 @@ def heldout(models: dict) -> dict:
 
 
 def model(name: str) -> Html:
-    return tag("span", figures.label_of(name), class_="model", style=f"--c:{figures.colour_of(name)}")
+    return tag("span", canvas.label_of(name), class_="model", style=f"--c:{canvas.colour_of(name)}")
 
 
 def dialogue(messages: list[dict]) -> Html:
@@ -282,7 +282,7 @@ def left_out(r: Run, stage: str) -> str:
     return f"Left out: {plain(dropped)}." if (dropped := r.counts(stage).get("dropped")) else ""
 
 
-COLOURS, SFT, DPO, PPO = figures.COLOURS, figures.SFT_PANELS, figures.DPO_PANELS, figures.PPO_PANELS
+COLOURS, SFT, DPO, PPO = canvas.COLOURS, figures.SFT_PANELS, figures.DPO_PANELS, figures.PPO_PANELS
 SECTIONS = (  # id, title, function of the run that gives its content, or nothing when there is none
     ("results", "Results", results),
     ("plane", "Harmlessness and helpfulness", plane),
