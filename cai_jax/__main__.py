@@ -1,4 +1,4 @@
-"""`cai`, also as `python -m cai_jax`: main.py's commands, in a process with large pages, and `cai constitution`."""
+"""`cai`, also as `python -m cai_jax`: main.py's commands, in a process with large pages, `cai constitution` and `cai audit`."""
 
 import os
 import sys
@@ -24,6 +24,10 @@ def cli() -> None:
         from cai_jax import commands
 
         sys.exit(commands.main(sys.argv[2:]))
+    if sys.argv[1:2] == ["audit"]:
+        from cai_jax import audit
+
+        sys.exit(audit.main(sys.argv[2:]))
     from cai_jax import main
 
     sys.modules["__main__"].__doc__ = main.__doc__  # what absl prints as the usage

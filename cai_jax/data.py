@@ -18,7 +18,7 @@ def bucket(length: int) -> int:
     return next((b for b in BUCKETS if length <= b), -(-length // BUCKETS[-1]) * BUCKETS[-1])
 
 
-def _fault(messages) -> str:
+def fault_of(messages) -> str:
     """What is wrong with the messages of a record; "" when nothing is."""
     if not isinstance(messages, list) or not messages:
         return "no messages; wanted a list of at least one, from the user"
@@ -40,7 +40,7 @@ def _load(rows_of, path: str, limit: int, flag: str, drops: records.Drops | None
         raise InputError(f"{error} (--config.{flag})") from error
     seen, kept = set(), []
     for item in items:
-        where, fault = f"{path}: record {item['id']!r} (--config.{flag})", _fault(item["messages"])
+        where, fault = f"{path}: record {item['id']!r} (--config.{flag})", fault_of(item["messages"])
         try:
             records.dumps(item).encode("utf-8")
         except UnicodeEncodeError as error:

@@ -6,6 +6,7 @@ cai ablate --config=configs/miniworld.py --workdir=runs/b [--drop=each] [--corru
 cai compile --config=configs/llama3_8b.py --topology=v5e:16x16 [--slices=2] [--json]
 cai export --workdir=runs/a --model=rl_cai --out=DIR [--dtype=float32] [--adapter] [--check]
 cai constitution lint FILE ...                                         and more, see `cai constitution --help`
+cai audit --constitution=FILE --judge=MODEL --input=FILE --out=DIR     see `cai audit --help`
 """
 
 import dataclasses

@@ -1,5 +1,6 @@
 """What a model makes of given texts: hidden states of packed rows, log-probs of whole options, scores of a reward model."""
 
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -95,7 +96,7 @@ def option_logprobs(lm: LM, contexts: list[str], batch_size: int, mesh, name: st
 
     Contexts and options are packed as trees, in as many tokens at a time as `batch_size` of the longest have: what contexts
     have in common is computed once, so the options of a context, and the orders and principles of a comparison, cost what they
-    add to it.
+    add to it. `name`: of the bar, "" for none, where it is a part of work that has its own.
     Raises InputError for a context longer than the model's.
     """
     encoded = [lm.tok.options(c, options) for c in contexts]
@@ -106,15 +107,17 @@ def option_logprobs(lm: LM, contexts: list[str], batch_size: int, mesh, name: st
     out, count, cells = np.zeros(p.texts), len(p.asked), len(p.asked) * p.rows["tokens"].shape[1]
     net, params = lm.net(unrolled=True), ready(lm, decoding=False).params
     prefix = read_text(net, params, p.before, mesh) if p.before else None
-    with Progress(name, count, 0, "row") as progress:
+    with Progress(name, count, 0, "row") if name else nullcontext() as progress:
         for i in range(0, count, p.batch_size):
             raise_if_stopping()
             batch = put_batch({k: x[i : i + p.batch_size] for k, x in p.rows.items()}, mesh)
             logp = np.asarray(tree_logprobs(net, params, prefix, jnp.int32(len(p.before)), batch), np.float64)
             for row, wanted in enumerate(p.asked[i : i + p.batch_size]):
                 np.add.at(out, [n for _, _, n in wanted], logp[row, : len(wanted)])
-            progress.update(min(count, i + p.batch_size))
-    say(f"{name}: {p.texts:,} options: {p.read:,} tokens read of {p.whole:,}, in rows {p.read / cells:.0%} full")
+            if progress:
+                progress.update(min(count, i + p.batch_size))
+    if name:
+        say(f"{name}: {p.texts:,} options: {p.read:,} tokens read of {p.whole:,}, in rows {p.read / cells:.0%} full")
     return out.reshape(len(contexts), len(options))
 
 

@@ -114,6 +114,11 @@ BESIDE = f"""%one (p: f32[8]) -> (f32[16], f32[8]) {{
   ROOT %r = (f32[16]{{0}}, f32[8]{{0}}) tuple(%g, %p)
 }}
 
+%async_collective_fusion.5 (o: f32[8]) -> f32[16] {{
+  %o = f32[8]{{0}} parameter(0)
+  ROOT %n = f32[16]{{0}} all-gather(%o), channel_id=7, {GROUPS}
+}}
+
 %two (q: f32[8]) -> f32[1,16] {{
   %q = f32[8]{{0}} parameter(0)
   ROOT %h = f32[1,16]{{1,0}} all-gather(%q), channel_id=7, {GROUPS}
@@ -127,8 +132,9 @@ BESIDE = f"""%one (p: f32[8]) -> (f32[16], f32[8]) {{
 
 ENTRY %main (a: f32[8]) -> f32[4] {{
   %a = f32[8]{{0}} parameter(0)
-  %f = (f32[16]{{0}}, f32[8]{{0}}) fusion(%a), kind=kCustom, calls=%one
-  %f.2 = f32[1,16]{{1,0}} fusion(%a), kind=kCustom, calls=%two
+  %async-collective-start.1 = (f32[16]{{0}}, f32[8]{{0}}) fusion(%a), kind=kCustom, calls=%one
+  %f.1 = f32[16]{{0}} fusion(%a), kind=kOutput, calls=%async_collective_fusion.5
+  %async-collective-done.1 = f32[1,16]{{1,0}} fusion(%a), kind=kCustom, calls=%two
   %b = f32[8]{{0}} all-reduce(%a), channel_id=1, {GROUPS}
   %c = f32[8]{{0}} all-reduce(%b), channel_id=1, {GROUPS}
   ROOT %d = f32[4]{{0}} fusion(%c), kind=kCustom, calls=%all-reduce-scatter.3
@@ -137,7 +143,7 @@ ENTRY %main (a: f32[8]) -> f32[4] {{
 
 
 def test_a_message_counts_once_however_it_is_written():
-    """One beside whose way two fusions work is one; two of one channel are two; a sum of which each takes a part sends half."""
+    """One that goes on beside other work is one; two of one channel are two; a sum of which each takes a part sends half."""
     found = cost.cost(BESIDE, 4)
     assert found.calls == {("all-gather", False): 1, ("all-reduce", False): 2, ("reduce-scatter", False): 1}
     assert found.sent == {("all-gather", False): 32, ("all-reduce", False): 2 * 32, ("reduce-scatter", False): 16}

@@ -80,23 +80,22 @@ class _Program:
 
     def inside(self, op: Op, here: dict[str, Op]) -> tuple[float, dict[str, Cost]]:
         """Of an operation and of what is fused into it: products, and what is sent by each message. One that goes on beside
-        other work is in several fusions, and in each of them whole: there it is known by its channel, kind and size."""
+        other work has a start and an end, and stands in each piece of that work too, in inner loops as in others: its start
+        counts."""
         if op.kind.removesuffix("-start") in COLLECTIVES:
             return 0.0, {op.name: self.sent(op, here)}
         if op.kind == "send":
             return 0.0, {op.name: self.far(op, here)}
         if op.kind != "fusion":
             return self.flops(op, here), {}
-        name, out, flops = op.called("calls")[0], {}, 0.0
-        inside = self.computations[name]
-        for x in self.ops(name):
-            more, sent = self.inside(x, inside)
-            flops += more
-            if x.kind.removesuffix("-start") in COLLECTIVES:
-                sent = {str((re.findall(r"channel_id=\d+", x.rest), c.sent)): c for c in sent.values()}
-            out |= sent
+        name = op.called("calls")[0]
+        found = [self.inside(x, self.computations[name]) for x in self.ops(name)]
+        out = {f"{op.name} {k}": c for _, sent in found for k, c in sent.items()}
+        if op.name.startswith("async-collective-done") or name.startswith("async_collective_fusion"):
+            out = {}
         # What only takes its part of a sum is one kernel, which sends no more than that.
-        return flops, {k: _scattered(c) for k, c in out.items()} if name.startswith("all-reduce-scatter") else out
+        out = {k: _scattered(c) for k, c in out.items()} if name.startswith("all-reduce-scatter") else out
+        return sum(flops for flops, _ in found), out
 
     def flops(self, op: Op, here: dict[str, Op]) -> float:
         if op.kind == "dot":

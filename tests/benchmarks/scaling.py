@@ -12,6 +12,7 @@ four PPO updates, 4 slots in decoding.
 import argparse
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -107,20 +108,52 @@ def cells(row: dict) -> list[str]:
     """A row of the table: where, what it holds, what it sends and what it would take."""
     of = [str(Place.of(row["place"])), STEPS[row["stage"], row["step"]], "x".join(map(str, row["mesh"]))]
     if "memory" not in row:
-        return [*of, "refused", *["-"] * 5]
+        return [*of, "refused", *["-"] * 6]
     needs, gib = row["memory"]["needs"], 2**30
     fits = f"{needs / gib:.1f} ({needs / row['hbm']:.0%})"
     if "flops" not in row:
-        return [*of, f"**{fits}**", *["-"] * 5]
+        return [*of, f"**{fits}**", *["-"] * 6]
     sent = sum(c["bytes"] for c in row["collectives"])
     far = sum(c["bytes"] for c in row["collectives"] if c["between_slices"])
     t = row["seconds"]
     share = (t["links"] + t["network"]) / t["step"]
-    out = [f"{row['flops'] / 1e12:.3g}", f"{sent / 1e9:.3g}", f"{far / 1e9:.3g}" if far else "", f"{t['step'] * 1e3:.3g}"]
+    out = [
+        f"{row['flops'] / 1e12:.3g}",
+        f"{sent / 1e9:.3g}",
+        f"{sent / sent_by_formula(row):.2f}",
+        f"{far / 1e9:.3g}" if far else "",
+        f"{t['step'] * 1e3:.3g}",
+    ]
     return [*of, fits if row["fits"] else f"**{fits}**", *out, f"{share:.0%}"]
 
 
-HEADER = ["topology", "step", "mesh", "GiB (of HBM)", "Tflop", "GB sent", "between slices", "ms", "sending"]
+def sent_by_formula(row: dict) -> float:
+    """Bytes that leave a device in a step, for a dense decoder whose layers are computed again in the backward pass. See the
+    text of docs/scaling.md, of which each line here is one."""
+    from cai_jax.ahead.work import weights
+    from cai_jax.models import hf
+
+    c = hf.read_config(str(ROOT / "configs" / "shapes" / row["model"]))
+    (data, f, m), decoding = row["mesh"], row["step"] == "decode"
+    d = data // Place.of(row["place"]).slices
+    W, E = (
+        2 * sum(weights(c).values()) / m,
+        c.vocab_size * c.width / m,
+    )  # bytes of the layers; numbers of the vocabulary's matrix
+    rows, length = (int(n.replace(",", "")) for n in re.search(r"([\d,]+) rows of ([\d,]+)|$", row["sizes"]).groups("0"))
+    T = SLOTS * m if decoding else rows * length / (data * f)  # tokens of a device
+    sums = 2 * (m - 1) / m * T * c.width * 2 * c.num_layers
+    if decoding:
+        return 2 * sums
+    nets = 2 if row["stage"] == "ppo" else 1  # policy and value function
+    ring = (f + 1) / f if d == 1 else (f - 1) / f
+    layers = 2 * ring * W + (f - 1) / f * W + 2 * (d - 1) / d * W / f + 5 * sums
+    found = 2 * (d - 1) / d * 4 * E / f  # gradients of what was looked up
+    head = (f - 1) / f * (2 + 2 + 4) * E + 2 * (d - 1) / d * 4 * E / f
+    return nets * (layers + found) + head
+
+
+HEADER = ["topology", "step", "mesh", "GiB (of HBM)", "Tflop", "GB sent", "of formula", "between slices", "ms", "sending"]
 
 
 def report(rows: list[dict], models: list[str]) -> str:
