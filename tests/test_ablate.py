@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import re
-from pathlib import Path
+import shlex
 
 import jax
 import numpy as np
 import pytest
+from test_readme import ROOT, parse
 
-from cai_jax import ablate, canvas, checks, figures, intervals, records
+from cai_jax import ablate, audit, canvas, checks, figures, intervals, records
 from cai_jax.ablate import Variant
 from cai_jax.config import default
 from cai_jax.constitution import load
@@ -19,7 +20,7 @@ from cai_jax.sharding import make_mesh
 from cai_jax.stages import critique
 from cai_jax.stages.evaluate import judged, verdict
 
-LAW = str(Path(__file__).parent.parent / "constitutions/miniworld.toml")
+LAW = str(ROOT / "constitutions/miniworld.toml")
 
 
 def config(**data):
@@ -83,6 +84,25 @@ def test_a_corrupt_principle_keeps_its_words_and_its_place():
     assert bad.fingerprint != whole.fingerprint == load(LAW, corrupt=(), templates=TEMPLATES).fingerprint
     assert bad == load(LAW, corrupt=("fraud", "harm"), templates=TEMPLATES)
     assert "harm" not in {p.id for p in load(LAW, ("harm",), ("harm",), templates=TEMPLATES).principles}
+
+
+def commands(name):
+    """Those of the docs that begin so, as words."""
+    texts = [(ROOT / f).read_text().replace("\\\n", " ") for f in ("README.md", "docs/findings.md")]
+    return [shlex.split(line, comments=True)[2:] for t in texts for line in t.split("\n") if line.strip().startswith(name)]
+
+
+@pytest.mark.parametrize("words", commands("cai ablate"), ids=len)
+def test_the_commands_of_the_docs_are_ablations(words):
+    known = {f"--{name}" for name in ("config", "workdir", "drop", "corrupt", "seeds")}
+    assert parse(*words).returncode == 0 and all(w.split("=")[0] in known or w.startswith("--config.") for w in words)
+    given = dict(w.removeprefix("--").split("=", 1) for w in words)
+    assert len(ablate.variants(config(), *(given.get(k, "").split(",") if k in given else [] for k in ("drop", "corrupt")))) > 5
+
+
+def test_the_audit_of_the_docs_is_one():
+    (words,) = commands("cai audit")
+    assert audit.parser().parse_args(words).rate == "0.01"
 
 
 # What is shared

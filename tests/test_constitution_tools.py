@@ -560,13 +560,17 @@ def test_the_commands_of_the_readme_work_as_printed(tmp_path, capsys, monkeypatc
     (tmp_path / "CritiqueRevisionInstructions.json").write_text(json.dumps(FOREIGN["critique"]))
     (tmp_path / "runs/a").mkdir(parents=True)
     (tmp_path / "runs/a/preferences").mkdir()
-    (tmp_path / "runs/a/preferences/comparisons.jsonl").write_text(json.dumps(comparison(0.7, [judgement("p", 0.9, 0.7)])))
+    (tmp_path / "runs/a/preferences/comparisons.jsonl").write_text(
+        json.dumps(comparison(0.7, [judgement("p", 0.9, 0.7)]) | {"id": "x", "disagreement": 0.1})
+    )
     monkeypatch.chdir(tmp_path)
     for name in ("cai_jax", "constitutions/miniworld.toml"):  # the second under the name that an edit has there
         (tmp_path / {"cai_jax": name}.get(name, "edited.toml")).symlink_to(ROOT / name)
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
     lines = [x for x in text.splitlines() if x.startswith("cai constitution ")]
-    assert {shlex.split(x)[2] for x in lines} == {*"lint import diff commit log verify check distance attribute".split()}
+    assert {shlex.split(x)[2] for x in lines} == {
+        *"lint import diff commit log verify check distance ambiguity attribute disputes".split()
+    }
     for line in lines:
         if " verify " in line:  # a run that began after the commit
             entry = log.entry_of("constitutions/harmless.toml", TEMPLATES)
