@@ -590,6 +590,15 @@ def comparison(p_a, rows, a="x", b="y", prompt="Q"):
     return {"messages": [message], "response_a": a, "response_b": b, "p_a": p_a, "judgements": rows}
 
 
+def test_attribution_tells_the_members_of_a_panel_apart():
+    rows = [judgement("p", 0.9, 0.9) | {"judge": "judge", "constitution": "0123456789abcdef"}]
+    rows += [judgement("p", 0.1, 0.1) | {"judge": "judge2", "constitution": "0123456789abcdef"}]
+    found = attribute([], [comparison(0.7, rows)])
+    assert {id: (f["judged"], f["agrees"]) for id, f in found.items()} == {
+        "p judge 01234567": (1, 0.0), "p judge2 01234567": (1, 0.0)
+    }  # fmt: skip
+
+
 def test_attribution_counts_what_each_principle_did():
     revised = [{"principle": "p", "revision": "a b c"}, {"principle": "q", "revision": "a x c d"}]
     revisions = [

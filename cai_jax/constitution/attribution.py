@@ -18,10 +18,12 @@ HEADER = (
     "wins",
     "humans",
 )
+PANEL = ("judge", "constitution")  # keys of a judgement that name its place on a panel
 
 
 def attribute(revisions: Sequence[dict], comparisons: Sequence[dict], humans: Sequence[dict] = ()) -> dict[str, dict]:
-    """Principle -> its figures; None where there is nothing to count. Shares are of the counts before them.
+    """Principle -> its figures; None where there is nothing to count. Shares are of the counts before them. What a panel judged
+    has its judge and its constitution beside the principle.
 
     drawn, changed, kept: rounds of critique and revision, the share that changed the text, and the words of it that stayed
       where it did (Ratcliff-Obershelp on words). Rounds after a text that was cut short count too.
@@ -50,7 +52,7 @@ def attribute(revisions: Sequence[dict], comparisons: Sequence[dict], humans: Se
         rows = record.get("judgements", ())
         human, first = said.get(_pair(record), (None, None))
         for n, row in enumerate(rows):
-            id, a = row["principle"], row["p_a"] > 0.5
+            id, a = " ".join([row["principle"], *(row[k][:8] for k in PANEL if k in row)]), row["p_a"] > 0.5
             note(id, "decided", abs(row["p_a"] - 0.5))
             note(id, "flips", (row["p_ab"] > 0.5) != (row["p_ba"] > 0.5))
             others = [other["p_a"] for m, other in enumerate(rows) if m != n]

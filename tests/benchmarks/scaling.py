@@ -115,12 +115,12 @@ def cells(row: dict) -> list[str]:
         return [*of, f"**{fits}**", *["-"] * 6]
     sent = sum(c["bytes"] for c in row["collectives"])
     far = sum(c["bytes"] for c in row["collectives"] if c["between_slices"])
-    t = row["seconds"]
+    t, formula = row["seconds"], sent_by_formula(row)
     share = (t["links"] + t["network"]) / t["step"]
     out = [
         f"{row['flops'] / 1e12:.3g}",
         f"{sent / 1e9:.3g}",
-        f"{sent / sent_by_formula(row):.2f}",
+        f"{sent / formula:.2f}" if formula else "",
         f"{far / 1e9:.3g}" if far else "",
         f"{t['step'] * 1e3:.3g}",
     ]
