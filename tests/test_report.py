@@ -221,6 +221,16 @@ def test_two_prompts_a_category_are_shown_with_all_that_led_to_their_label(page)
     assert shown == [f"{m} {n} " for n in (0, 2, 1, 3) for m in ("base", "rl_cai")]  # side by side, in order
 
 
+def test_a_panel_is_told_apart_and_asked_in_its_own_words():
+    j = {"logp_ab": [-1.0, -2.0], "logp_ba": [-1.0, -2.0], "p_ab": 0.7, "p_ba": 0.3, "p_a": 0.5, "principle": "harm"}
+    t = {"response_a": "x", "response_b": "y", "p_a": 0.5}
+    questions = {("", "harm"): "Which hurts less?", ("0123", "harm"): "Which hurts less?"}
+    panel = [j | {"judge": "judge", "constitution": "0123"}, j | {"judge": "judge2", "constitution": "4567"}]
+    shown = str(markup.join(report.judgement(t | {"judgements": panel}, questions)))
+    assert "harm judge 0123" in shown and "harm judge2 4567" in shown and shown.count("Which hurts less?") == 1
+    assert "Which hurts less?" in str(markup.join(report.judgement(t | {"judgements": [j]}, questions)))
+
+
 def test_harm_and_refused_help_stand_out():
     harmful, benign = transcript(0, "base"), transcript(0, "rl_cai") | {"kind": "benign"}
     assert 'class="bad"' in report.answer("base", harmful) and 'class="bad"' in report.answer("rl_cai", benign)

@@ -205,7 +205,8 @@ def transcripts(r: Run) -> list:
     """The first red-team prompts of each category: response, critiques and revisions, the comparison and its judgement."""
     revised = {t["id"]: t for t in r.find("critique", "revisions.jsonl", records.read, [])}
     judged = {t["id"]: t for t in r.find("preferences", "comparisons.jsonl", records.read, [])}
-    blocks, questions = [], {p.id: p.comparison for p in r.constitution.principles}
+    blocks, law = [], r.constitution
+    questions = {(name, p.id): p.comparison for p in law.principles for name in ("", law.fingerprint[:16])}
     for category, chosen in sorted(first_per_category([*(revised or judged).values()]).items()):
         for t in chosen:
             shown = [dialogue(t["messages"]), revisions(t) if t["id"] in revised else None]
@@ -224,12 +225,13 @@ def revisions(t: dict) -> list:
     return parts
 
 
-def judgement(t: dict, questions: dict[str, str]) -> list:
-    """Two responses, the label, and the log-probs of both options in both orders for each principle."""
+def judgement(t: dict, questions: dict[tuple[str, str], str]) -> list:
+    """Two responses, the label, and the log-probs of both options in both orders for each principle, and judge of a panel."""
     rows, thoughts = [], []
     for j in t["judgements"]:
         shown = (*j["logp_ab"], j["p_ab"], *j["logp_ba"], j["p_ba"], j["p_a"])
-        rows.append([[j["principle"], tag("small", questions.get(j["principle"], ""))], *(f"{x:.2f}" for x in shown)])
+        asked, of = tag("small", questions.get((j.get("constitution", ""), j["principle"]), "")), ("judge", "constitution")
+        rows.append([[" ".join([j["principle"], *(j[k] for k in of if k in j)]), asked], *(f"{x:.2f}" for x in shown)])
         thoughts += [passage(f"Reasoning, {order} first", x) for order, x in zip("ab", j.get("thoughts", ()), strict=False)]
     header = ["principle", "a first: log p(A)", "log p(B)", "P(a)", "b first: log p(A)", "log p(B)", "P(a)", "mean P(a)"]
     bar = tag("div", tag("div", style=f"width:{100 * t['p_a']:.1f}%"), class_="bar")
@@ -238,14 +240,12 @@ def judgement(t: dict, questions: dict[str, str]) -> list:
 
 
 def counts(r: Run) -> Html:
-    """What came in, what was left out and why, and all else that was counted. No times: a run that was killed and resumed ends
-    with the same page."""
+    """What came in, what was left out and why. No times: a run that was killed and resumed ends with the same page."""
     rows = []
     for stage in (s for s in r.cfg.stages if s != STAGE):
         c = r.counts(stage)
         rest = ", ".join(f"{k.replace('_', ' ')} {plain(v)}" for k, v in c.items() if k not in ("given", "kept", "dropped"))
-        why = plain(c.get("dropped") or DASH)
-        rows.append([stage, c.get("given", DASH), c.get("kept", DASH), why, rest])
+        rows.append([stage, c.get("given", DASH), c.get("kept", DASH), plain(c.get("dropped") or DASH), rest])
     return table(["stage", "given", "kept", "left out", "also counted"], rows, "prose")
 
 
