@@ -25,6 +25,7 @@ DOC = ROOT / "docs" / "scaling.md"
 SPLIT = {"Llama-3.2-1B": (8, 1), "Llama-3.1-8B": (32, 2), "Qwen3-32B": (32, 4), "Llama-3.1-70B": (64, 4)}
 TOPOLOGIES = ("v5e:2x4", "v5e:8x8", "v5e:16x16", "2 x v5e:16x16", "v5p:2x2x2", "v5p:4x4x4", "v5p:8x8x8", "v5p:8x8x16")
 STEPS = {("critique", "decode"): "decode", ("sft", "train"): "SFT", ("ppo", "train"): "PPO update"}
+RING = 8  # devices along fsdp from which the compiler sends weights around while it multiplies, where data is 1
 ROWS, ROLLOUTS, MINIBATCHES, SLOTS = 1, 8, 4, 4  # of a chip
 
 
@@ -128,25 +129,24 @@ def cells(row: dict) -> list[str]:
 
 
 def sent_by_formula(row: dict) -> float:
-    """Bytes that leave a device in a step, for a dense decoder whose layers are computed again in the backward pass. See the
-    text of docs/scaling.md, of which each line here is one."""
+    """Bytes that leave a device in a training step of a dense decoder whose layers are computed again backward; 0 of
+    another step. Each line is one of the table in docs/scaling.md."""
     from cai_jax.ahead.work import weights
     from cai_jax.models import hf
 
     c = hf.read_config(str(ROOT / "configs" / "shapes" / row["model"]))
-    (data, f, m), decoding = row["mesh"], row["step"] == "decode"
+    (data, f, m), sizes = row["mesh"], re.search(r"([\d,]+) rows of ([\d,]+)", row["sizes"])
+    if not sizes:
+        return 0.0
     d = data // Place.of(row["place"]).slices
     W, E = (
         2 * sum(weights(c).values()) / m,
         c.vocab_size * c.width / m,
     )  # bytes of the layers; numbers of the vocabulary's matrix
-    rows, length = (int(n.replace(",", "")) for n in re.search(r"([\d,]+) rows of ([\d,]+)|$", row["sizes"]).groups("0"))
-    T = SLOTS * m if decoding else rows * length / (data * f)  # tokens of a device
-    sums = 2 * (m - 1) / m * T * c.width * 2 * c.num_layers
-    if decoding:
-        return 2 * sums
+    rows, length = (int(n.replace(",", "")) for n in sizes.groups())
+    sums = 2 * (m - 1) / m * rows * length / (data * f) * c.width * 2 * c.num_layers
     nets = 2 if row["stage"] == "ppo" else 1  # policy and value function
-    ring = (f + 1) / f if d == 1 else (f - 1) / f
+    ring = (f + 1) / f if d == 1 and f >= RING else (f - 1) / f
     layers = 2 * ring * W + (f - 1) / f * W + 2 * (d - 1) / d * W / f + 5 * sums
     found = 2 * (d - 1) / d * 4 * E / f  # gradients of what was looked up
     head = (f - 1) / f * (2 + 2 + 4) * E + 2 * (d - 1) / d * 4 * E / f
