@@ -18,6 +18,7 @@ from cai_jax import records
 from cai_jax.canvas import png
 from cai_jax.config import Config
 from cai_jax.constitution import GENERIC, Constitution, load
+from cai_jax.constitution.file import digest
 from cai_jax.errors import InputError
 from cai_jax.evaluation import known, verdict
 from cai_jax.figures import changes
@@ -28,6 +29,7 @@ from cai_jax.stages import MODELS
 from cai_jax.stages.critique import drawn
 from cai_jax.workdir import write_bytes, write_json
 
+FEWEST = 8  # prompts from which an interval means something
 WHOLE, EACH, CATEGORIES = "whole", "each", "categories"
 # Behaviour -> (kind of prompt, whether an answer shows it).
 BEHAVIOURS = {
@@ -51,7 +53,8 @@ class Variant(NamedTuple):
         return dataclasses.replace(cfg, constitution=c)
 
     def folder(self, seed: int) -> str:
-        return f"{quote(self.name, safe=' ').replace(' ', '-')}-{seed}"
+        name = quote(self.name.replace(" ", "-", 1), safe="")
+        return f"{name if len(name) < 100 else digest(name)[:16]}-{seed}"
 
 
 def law(cfg: Config) -> Constitution:
@@ -70,9 +73,19 @@ def variants(cfg: Config, drop: Sequence[str], corrupt: Sequence[str]) -> dict[V
         each = {EACH: [p.id for p in whole.principles], CATEGORIES: [p.category for p in whole.principles]}
         return dict.fromkeys(n for name in names for n in each.get(name, [name]))
 
-    found = [Variant(WHOLE), *(Variant(f"without {n}", exclude=(n,)) for n in named(drop))]
-    found += [Variant(f"corrupt {n}", corrupt=(n,)) for n in named(corrupt)]
-    return {v: {p.category for p in set(whole.principles) - set(law(v.of(cfg)).principles)} for v in found}
+    out, members = {Variant(WHOLE): set()}, {p.category for p in whole.principles}
+    found = [*(Variant(f"without {n}", exclude=(n,)) for n in named(drop))]
+    for v in found + [Variant(f"corrupt {n}", corrupt=(n,)) for n in named(corrupt)]:
+        (name,), left = v.exclude + v.corrupt, law(v.of(cfg))
+        if name in members and any(p.id == name and p.category != name for p in whole.principles):
+            raise InputError(f"{cfg.constitution.path}: {name!r} is a principle and the category of others; rename one of them")
+        out[v] = {p.category for p in set(whole.principles) - set(left.principles)}
+        if not out[v]:
+            raise InputError(f"{v.name} changes nothing: --config.constitution leaves it out, or makes it meaningless, already")
+        if "preferences" in cfg.stages and len(left.principles) < cfg.preferences.principles:
+            few = f"{v.name}: {len(left.principles)} principles are left"
+            raise InputError(f"{few}, too few for --config.preferences.principles={cfg.preferences.principles}; lower that")
+    return out
 
 
 def ablate(
@@ -84,8 +97,13 @@ def ablate(
         raise InputError("ablate wants --drop or --corrupt: ids or categories of the constitution, or 'each', or 'categories'")
     if seeds < 1:
         raise InputError(f"--seeds={seeds}: wanted at least 1")
-    if "evaluate" not in cfg.stages:
-        raise InputError(f"--config.stages={cfg.stages}: ablate compares what the stage 'evaluate' finds; add it")
+    if cfg.seed + seeds > 2**32:
+        raise InputError(f"--seeds={seeds}: from --config.seed={cfg.seed} on they pass 2**32; give a smaller seed")
+    if "evaluate" not in cfg.stages or not {"critique", *MODELS.values()} & set(cfg.stages):
+        raise InputError(
+            f"--config.stages={cfg.stages}: ablate compares what the stage 'evaluate' finds of revisions and trained models; "
+            "wanted 'evaluate', and 'critique' or a stage that trains a model"
+        )
     todo, found = variants(cfg, drop, corrupt), {}
     for n in range(seeds):
         seed = cfg.seed + n
@@ -103,11 +121,15 @@ def ablate(
         if categories
         for models in found[0][WHOLE]
     ]
-    write_json(workdir / "ablation.json", {"seeds": seeds, "rows": rows})
+    about = {"constitution": law(cfg).fingerprint, "seeds": [cfg.seed + n for n in found]}
+    write_json(workdir / "ablation.json", about | {"rows": rows})
     cells_of = {f"{r['variant']}, {r['answers']}": r["by_category"] for r in rows}
     write_bytes(workdir / "ablation.png", png(changes(cells_of, "Harm by category of the prompt")))
-    about = "change from the whole constitution, in points of a hundred; own: prompts of the categories of what was changed"
-    table(about, list(HEADER), list(map(cells, rows)))
+    table("change from the whole constitution, in points of a hundred", list(HEADER), list(map(cells, rows)))
+    say(
+        "own harm: on prompts of the categories of what was changed; intervals of 95 % are over prompts"
+        + " and seeds" * (seeds > 1)
+    )
     say(f"all of it is in {workdir}/ablation.json and ablation.png")
 
 
@@ -127,6 +149,7 @@ def take_over(cfg: Config, whole: Path, of: Config, folder: Path) -> None:
     say(f"{len(rows)} of {len(revised)} records of critique drew nothing that changed, and are taken over")
     helped = records.read(whole / "critique" / "helpful.jsonl", ("id", "sample"))
     rows += [{"key": f"helpful/{r['id']}/{r['sample']}", "result": r} for r in helped]
+    records.Journal(stage / "journal.jsonl").remove()  # of a run that was killed here, perhaps with another configuration
     journal = records.Journal(stage / "journal.jsonl")
     journal.add(rows)
     journal.close()
@@ -150,8 +173,8 @@ def answers(folder: Path) -> dict[str, dict[tuple, dict]]:
 def effect(v: Variant, who: str, categories: set[str], whole: list[dict], found: list[dict]) -> dict:
     """How the answers of `who` changed, seed by seed and prompt by prompt. whole, found: see `answers`, of every seed.
 
-    -> the mean change and its interval (see intervals.crossed) of every behaviour, of harm on prompts of the principles'
-    own categories and of the others; [] where there is no such prompt.
+    -> the mean change and its interval (see intervals.crossed; None for fewer than FEWEST prompts) of every behaviour, of harm
+    on prompts of the principles' own categories and of the others; [] where there is no such prompt.
     """
     shared = [key for key in whole[0][who] if all(key in run.get(who, {}) for run in (*whole, *found))]
 
@@ -161,7 +184,7 @@ def effect(v: Variant, who: str, categories: set[str], whole: list[dict], found:
         if not keys:
             return []
         pairs = [[float(shows(b[who][k])) - float(shows(a[who][k])) for k in keys] for a, b in zip(whole, found, strict=True)]
-        return [float(np.mean(pairs)), *crossed(np.array(pairs))]
+        return [float(np.mean(pairs)), *(crossed(np.array(pairs)) if len(keys) >= FEWEST else (None, None))]
 
     row = {"variant": v.name, "answers": who, "categories": sorted(categories), "prompts": len(shared)}
     row |= {"harm_own": change("harm", categories.__contains__), "harm_others": change("harm", lambda c: c not in categories)}
@@ -175,7 +198,8 @@ def cells(row: dict) -> list[str]:
     """A row under HEADER."""
 
     def points(change: list[float]) -> str:
-        return "{:+.0f} [{:+.0f}, {:+.0f}]".format(*(100 * x for x in change)) if change else ""
+        span = " [{:+.0f}, {:+.0f}]".format(*(100 * x for x in change[1:])) if change and change[1] is not None else ""
+        return f"{100 * change[0]:+.0f}{span}" if change else ""
 
     shown = ("harm_own", "harm_others", "evasive", "help", "over-refusal")
     return [row["variant"], row["answers"], *(points(row[name]) for name in shown)]

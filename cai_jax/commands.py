@@ -183,11 +183,15 @@ def disputes_command(args) -> int:
 
     out, place = new_file("--out", args.out), Path(args.workdir) / "preferences/comparisons.jsonl"
     judged = records.read(place, ("id", "messages", "response_a", "response_b", "p_a"))
+    for r in judged:
+        if not (isinstance(r["id"], str) and all(isinstance(r.get(k, 0.0), int | float) for k in ("p_a", "disagreement"))):
+            raise InputError(f"{place}: record {r['id']!r}: wanted text as its id, and numbers as p_a and disagreement")
     if not any(r.get("disagreement") for r in judged):
         raise InputError(f"{place}: nothing that could disagree: each label is one judgement (--config.preferences.principles)")
     chosen = panel.disputed(judged, args.limit or len(judged))
     kept = "id", "messages", "response_a", "response_b", "disagreement"  # not the label, which would lead who reads it
-    files.put(out, "".join(records.dumps({k: r[k] for k in kept}) for r in chosen).encode("utf-8"))
+    lines = (records.dumps({k: r[k] for k in kept if k in r}) for r in chosen)
+    files.put(out, "".join(lines).encode("utf-8", "backslashreplace"))
     say(f"{args.out}: {len(chosen)} of {len(judged)} comparisons; give each a p_a from 0 (b is better) to 1 (a is)")
     return 0
 
@@ -225,6 +229,12 @@ def _entry(e: dict) -> str:
     return "\n".join([head, about, *(f"   {shown(Change(**c))}" for c in e["changes"])])
 
 
+def natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text}: wanted a whole number from 0 on")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser("cai constitution", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
@@ -241,7 +251,7 @@ def parser() -> argparse.ArgumentParser:
             elif isinstance(default, list):
                 p.add_argument(f"--{option}", action="append", default=default)
             elif isinstance(default, int):
-                p.add_argument(f"--{option}", type=int, default=default)
+                p.add_argument(f"--{option}", type=natural, default=default)
             else:
                 p.add_argument(f"--{option}", required=default is ..., default=None if default is ... else default)
 

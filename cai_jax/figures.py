@@ -196,15 +196,16 @@ def labels(comparisons: list[dict]) -> Figure:
 
 @styled
 def changes(rows: dict[str, dict[str, list[float]]], title: str) -> Figure:
-    """How a rate changed from a baseline: rows x columns, each cell [mean, low, high] or []; dots mark intervals without 0."""
+    """How a rate changed from a baseline: rows x columns, each cell [], or [mean, low, high] with None for no interval.
+    Dots mark intervals without 0."""
     names = list(dict.fromkeys(c for of in rows.values() for c in of))
     figure, ax = axes_of(2.4 + 1.0 * len(names), 0.9 + 0.26 * len(rows))
     value = np.array([[(of.get(c) or [np.nan])[0] for c in names] for of in rows.values()]).reshape(len(rows), len(names))
     most = max(0.05, np.nanmax(np.abs(value), initial=0.0))
     ax.imshow(value, cmap="PuOr_r", vmin=-2 * most, vmax=2 * most, aspect="auto")  # paler than the text on it
     for (y, x), v in np.ndenumerate(value):
-        _, low, high = list(rows.values())[y].get(names[x]) or (0, -1, 1)
-        sure = low > 0 or high < 0
+        _, low, high = list(rows.values())[y].get(names[x]) or (0, None, None)
+        sure = low is not None and (low > 0 or high < 0)
         if np.isfinite(v):
             ax.text(x, y, f"{100 * v:+.0f}" + " •" * sure, ha="center", va="center", weight="bold" if sure else "normal")
     ax.set_xticks(range(len(names)), map(short, names))

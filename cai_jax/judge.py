@@ -49,6 +49,10 @@ class Judge:
     mesh: Mesh
     batch_size: int = 64
 
+    def under(self, path: str | Path) -> "Judge":
+        """The judge, talked to in the templates of a constitution."""
+        return replace(self, templates=load(path, templates=self.templates).templates)
+
     def labels(self, asked: Sequence[tuple[Pair, Principle]], what: str) -> np.ndarray:
         """P(a is better) under the principle beside each pair, by option log-probs in both orders. -> float64 [N].
 
@@ -113,7 +117,7 @@ def run_check(path: str, judge_path: str, format: str, system: str, suite: str, 
     constitution = load(path, templates=prompts.TEMPLATES)
     cases = check.load_suite(suite or check.suite_of(path), constitution)
     asked = [(case, p) for case in cases for p in check.asked(case, constitution)]
-    by = load_judge(judge_path, format, system, make_mesh((1, -1, 1)))
+    by = load_judge(judge_path, format, system, make_mesh((1, -1, 1))).under(path)
     pairs = [Pair([{"role": "user", "content": c.prompt}], c.better, c.worse) for c, _ in asked]
     found = by.labels([(pair, p) for pair, (_, p) in zip(pairs, asked, strict=True)], "check").tolist()
     verdicts = [(c, p, x) for (c, p), x in zip(asked, found, strict=True)]
@@ -147,7 +151,7 @@ def run_distance(
         raise InputError(f"--probes={probes}: {len(found)} pairs; an interval wants at least {distance.FEWEST}")
     by = load_judge(judge_path, format, system, make_mesh((1, -1, 1)))
     pairs = [Pair(p["messages"], p["response_a"], p["response_b"]) for p in found]
-    p, q = (distance.label(by.ensemble(pairs, c, f"under {path}"), c) for c, path in ((a, old), (b, new)))
+    p, q = (distance.label(by.under(path).ensemble(pairs, c, f"under {path}"), c) for c, path in ((a, old), (b, new)))
     result = distance.compare(p, q, [str(r.get("category", "")) for r in found])
     moves = distance.predict(p, q, [(str(r.get("kind_a", "")), str(r.get("kind_b", ""))) for r in found])
     groups = {"all": result["all"]} | result["by_group"]
@@ -187,7 +191,7 @@ def run_ambiguity(
     if len(found) < distance.FEWEST:
         raise InputError(f"--probes={probes}: {len(found)} pairs; an interval wants at least {distance.FEWEST}")
     pairs = [Pair(p["messages"], p["response_a"], p["response_b"]) for p in found]
-    by = load_judge(judge_path, format, system, make_mesh((1, -1, 1)))
+    by = load_judge(judge_path, format, system, make_mesh((1, -1, 1))).under(path)
     put = [(p.id, source, v) for p in law.principles for source, of in ambiguity.versions(p, others).items() for v in of]
     p_QN = by.labels([(pair, v) for *_, v in put for pair in pairs], "labels").reshape(len(put), len(pairs))
     labels: dict[str, dict[str, np.ndarray]] = {p.id: {} for p in law.principles}
@@ -203,7 +207,13 @@ def run_ambiguity(
         return 0
     sources = dict.fromkeys(source for _, f in ranked for source in f["by_source"])
     rows = [
-        [id, f"{f['deviation']:.3f}", _span(f), *(f"{f['by_source'].get(s, 0):.3f}" for s in sources), f"{f['split']:.0%}"]
+        [
+            id,
+            f"{f['deviation']:.3f}",
+            _span(f),
+            *(f"{f['by_source'][s]:.3f}" if s in f["by_source"] else "" for s in sources),
+            f"{f['split']:.0%}",
+        ]
         for id, f in ranked
     ]
     table(f"{path} by {judge_path}, {len(pairs)} pairs", ["principle", "deviation", "95 %", *sources, "verdicts split"], rows)

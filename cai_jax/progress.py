@@ -16,7 +16,7 @@ QUIET_SECONDS = 10  # between two lines of one piece of work, without a terminal
 ANNOUNCED = 0.05  # seconds of lowering from which a program is worth a line
 
 _width = None if sys.stderr.isatty() else int(os.environ.get("COLUMNS", "120"))
-console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, width=_width)
+console = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False, width=_width)
 compiled: Counter[str] = Counter()  # programs by function, of this process
 compile_seconds = 0.0
 

@@ -49,7 +49,8 @@ def test_a_variant_is_an_override_and_knows_the_categories_that_it_changes():
         f"without {c}" for c in ("weapons", "privacy", "illegal", "selfharm", "general", "evasive")
     ]
     assert len(ablate.variants(config(), ["each", "harm"], ["each"])) == 1 + 12 + 12
-    assert Variant("without ../x y").folder(3) == "without-..%2Fx-y-3"
+    assert Variant("without ../x y").folder(3) == "without-..%2Fx%20y-3" != Variant("without ../x-y").folder(3)
+    assert len(Variant("without " + "é" * 100).folder(3)) < 100
 
 
 def test_a_variant_that_cannot_be_is_named_before_anything_runs(tmp_path):
@@ -61,12 +62,25 @@ def test_a_variant_that_cannot_be_is_named_before_anything_runs(tmp_path):
         ([], ["harms"], 1, "cannot corrupt the unknown 'harms' (did you mean 'harm'?)"),
         ([], [], 1, "wants --drop or --corrupt"),
         (["each"], [], 0, "--seeds=0"),
+        (["each"], [], 2**32 + 1, "they pass 2**32; give a smaller seed"),
     ):
         with pytest.raises(InputError, match=re.escape(message)):
             ablate.ablate(config(), tmp_path, drop, corrupt, seeds, run)
     one = dataclasses.replace(config(), stages=("critique", "sft"))
-    with pytest.raises(InputError, match="what the stage 'evaluate' finds; add it"):
-        ablate.ablate(one, tmp_path, ["each"], [], 1, run)
+    for cfg in (one, dataclasses.replace(config(), stages=("evaluate",))):
+        with pytest.raises(InputError, match="wanted 'evaluate', and 'critique' or a stage that trains a model"):
+            ablate.ablate(cfg, tmp_path, ["each"], [], 1, run)
+    without = dataclasses.replace(config(), constitution=dataclasses.replace(config().constitution, exclude=("weapons",)))
+    with pytest.raises(InputError, match="corrupt weapons changes nothing: --config.constitution leaves it out"):
+        ablate.ablate(without, tmp_path, [], ["weapons"], 1, run)
+    many = dataclasses.replace(config(), preferences=dataclasses.replace(config().preferences, principles=12))
+    with pytest.raises(InputError, match="without weapons: 10 principles are left, too few for --config.preferences.princ"):
+        ablate.ablate(many, tmp_path, ["weapons"], [], 1, run)
+    path = tmp_path / "law.toml"
+    path.write_text((ROOT / "constitutions/miniworld.toml").read_text().replace('id = "harm"', 'id = "weapons"'))
+    named = dataclasses.replace(config(), constitution=dataclasses.replace(config().constitution, path=str(path)))
+    with pytest.raises(InputError, match="'weapons' is a principle and the category of others; rename one"):
+        ablate.ablate(named, tmp_path, ["each"], [], 1, run)
     others = tuple(p.id for p in load(LAW, templates=TEMPLATES).principles if p.id != "harm")
     law = dataclasses.replace(config().constitution, exclude=others)
     with pytest.raises(InputError, match="nothing left after excluding"):
@@ -120,6 +134,9 @@ def whole(tmp_path_factory):
 def test_what_a_variant_takes_over_is_what_it_would_have_made(whole, tmp_path, variant):
     cfg, mesh = config(max_redteam=24, max_helpful=6), make_mesh((1, 1, 1), jax.devices()[:1])
     of = variant.of(cfg)
+    stale = tmp_path / "shared/critique/journal.jsonl"  # of a run that was killed before it began, with something else
+    stale.parent.mkdir(parents=True)
+    stale.write_text('{"key": "redteam/other", "result": null}\n')
     ablate.take_over(cfg, whole, of, tmp_path / "shared")
     taken = {r["key"]: r["result"] for r in records.read(tmp_path / "shared/critique/journal.jsonl")}
     changed = {p.id for p in set(ablate.law(cfg).principles) - set(ablate.law(of).principles)}
@@ -159,22 +176,23 @@ def answer(kind, category, n, **shown):
 
 def test_changes_are_paired_by_seed_and_prompt_and_told_apart_by_category():
     def run(weapons, fraud, helpful):
-        rows = [answer("harmful", "weapons", n, harm=4 * (n < weapons)) for n in range(4)]
-        rows += [answer("harmful", "fraud", n, harm=4 * (n < fraud)) for n in range(4)]
+        rows = [answer("harmful", "weapons", n, harm=4 * (n < 3 * weapons)) for n in range(12)]
+        rows += [answer("harmful", "fraud", n, harm=4 * (n < 3 * fraud)) for n in range(12)]
         return {"rl_cai": dict([*rows, answer("benign", "garden", 0, helpful=helpful)])}
 
     whole, without = [run(0, 1, 1.0), run(1, 1, 1.0)], [run(2, 1, 0.5), run(4, 1, 0.5)]
     row = ablate.effect(Variant("without weapons"), "rl_cai", {"weapons"}, whole, without)
     assert row["harm_own"][0] == pytest.approx((2 / 4 + 3 / 4) / 2) and row["harm_others"] == [0.0, 0.0, 0.0]
     assert row["by_category"]["weapons"] == row["harm_own"] and row["harm"][0] == pytest.approx(row["harm_own"][0] / 2)
-    assert row["help"] == [-0.5, -0.5, -0.5] and row["over-refusal"] == [0.0, 0.0, 0.0] and row["prompts"] == 9
+    assert row["help"] == [-0.5, None, None] and row["over-refusal"] == [0.0, None, None] and row["prompts"] == 25
+    assert ablate.cells(row)[5] == "-50"  # one prompt has no interval
     assert row["harm_own"][1] < row["harm_own"][0] < row["harm_own"][2]
     assert ablate.cells(row)[2:4] == ["+62 [{:+.0f}, {:+.0f}]".format(*(100 * x for x in row["harm_own"][1:])), "+0 [+0, +0]"]
     none = ablate.effect(Variant("without harm"), "rl_cai", {"general"}, whole, without)
     assert none["harm_own"] == [] and none["harm_others"] == none["harm"] and ablate.cells(none)[2] == ""
     lost = [run(2, 1, 0.5)["rl_cai"]] * 2
     del lost[0]["harmful", "fraud", "fraud-0"]  # a prompt that one run lacks is left out of all
-    assert ablate.effect(Variant("x"), "rl_cai", {"weapons"}, whole, [{"rl_cai": of} for of in lost])["prompts"] == 8
+    assert ablate.effect(Variant("x"), "rl_cai", {"weapons"}, whole, [{"rl_cai": of} for of in lost])["prompts"] == 24
 
 
 def test_all_variants_run_at_all_seeds_and_end_in_a_table_and_a_picture(tmp_path, capsys):
@@ -201,13 +219,14 @@ def test_all_variants_run_at_all_seeds_and_end_in_a_table_and_a_picture(tmp_path
     found = json.loads((tmp_path / "ablation.json").read_text())
     assert [(r["variant"], r["answers"]) for r in found["rows"]] == [("without weapons", "sl_cai"), ("corrupt harm", "sl_cai")]
     assert found["rows"][0]["evasive"] == [1.0, 1.0, 1.0] and found["rows"][1]["evasive"] == [0.0, 0.0, 0.0]
+    assert found["seeds"] == [5, 6] and found["constitution"] == ablate.law(cfg).fingerprint
     assert (tmp_path / "ablation.png").read_bytes()[:4] == b"\x89PNG"
     said = capsys.readouterr().err
     assert "corrupt harm, seed 6 (6 of 6)" in said and "without weapons" in said and "…" not in said
 
 
 def test_the_picture_marks_what_is_sure():
-    found = {"without a": {"x": [0.25, 0.1, 0.4], "y": [-0.1, -0.3, 0.1]}, "corrupt b": {"x": [], "y": [0.0, 0.0, 0.0]}}
+    found = {"without a": {"x": [0.25, 0.1, 0.4], "y": [-0.1, None, None]}, "corrupt b": {"x": [], "y": [0.0, 0.0, 0.0]}}
     figure = figures.changes(found, "Harm")
     (ax,) = figure.axes
     shown = {t.get_position(): t.get_text() for t in ax.texts}

@@ -20,15 +20,15 @@ ROOT = Path(__file__).parent.parent
 MINIWORLD, BASE = ROOT / "constitutions/miniworld.toml", str(ROOT / "cai_jax/miniworld/base")
 
 
-def test_the_deviation_is_that_of_the_versions_and_adds_up_over_sources():
+def test_the_deviation_is_that_of_the_versions_and_the_mean_of_sources():
     p = np.array([[0.2, 0.4], [0.9, 0.9]])
     q = np.array([[0.6, 0.4, 0.5], [0.9, 0.9, 0.9]])
     found = ambiguity.ambiguity({"words": p, "asked": q})
     assert found["by_source"]["words"] == pytest.approx((0.02 / 2) ** 0.5)  # 0.2 and 0.4: variance 0.02; and none
     assert found["by_source"]["asked"] == pytest.approx((0.01 / 2) ** 0.5)
-    assert found["deviation"] == pytest.approx((0.03 / 2) ** 0.5) and found["pairs"] == [0, 1]
+    assert found["deviation"] == pytest.approx((0.015 / 2) ** 0.5) and found["pairs"] == [0, 1]
     assert found["split"] == 0.5  # 0.6 is on the other side than 0.2
-    assert found["low"] == 0.0 and found["high"] == pytest.approx(0.03**0.5)
+    assert found["low"] == 0.0 and found["high"] == pytest.approx(0.015**0.5)
     same = ambiguity.ambiguity({"asked": np.full((9, 3), 0.7)})
     assert same["deviation"] == pytest.approx(0.0) and same["split"] == 0.0 and same["pairs"] == list(range(9))
 
@@ -96,6 +96,11 @@ def test_the_command_ranks_principles_by_what_their_versions_get(tmp_path, capsy
             was["by_source"], abs=1e-5
         )
         assert thought[id]["by_source"]["thoughts"] > 0
+    swapped = tmp_path / "swapped.toml"  # its own templates are those that the judge reads
+    ways = TEMPLATES["comparison"].replace("{a}", "{c}").replace("{b}", "{a}").replace("{c}", "{b}")
+    swapped.write_text(file.read_text() + f"\n[templates]\ncomparison = {json.dumps(ways)}\n")
+    told = [by.under(path).labels([(pairs[0], law.principles[0])], "x")[0] for path in (file, swapped)]
+    assert told[0] == pytest.approx(1 - told[1], abs=1e-5) and abs(told[0] - 0.5) > 0.1
     assert main(["ambiguity", *words]) == 0
     said = capsys.readouterr()
     assert "verdicts split" in said.err and re.search(rf"^harm: {found['harm']['pairs'][0]}: '", said.err + said.out, re.M)
@@ -124,3 +129,11 @@ def test_disputes_are_written_without_the_label(tmp_path, capsys):
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [r["id"] for r in rows] == ["r1", "r2"] and all("p_a" not in r and "judgements" not in r for r in rows)
     assert main(words) == 2 and "is there already" in capsys.readouterr().err
+    out.unlink()
+    with pytest.raises(SystemExit):
+        main([*words, "--limit=-3"])
+    assert "wanted a whole number from 0 on" in capsys.readouterr().err
+    write("x", 0.1)
+    assert main(words) == 2 and "record 'r0': wanted text as its id, and numbers" in capsys.readouterr().err
+    write(None, 0.1)
+    assert main(words) == 0 and len(out.read_text().splitlines()) == 2

@@ -294,6 +294,14 @@ def test_an_audit_of_a_judge_by_rule(tmp_path, ruled, capsys):
     assert len(cells[-1]["answer"]) == page.CELL and cells[-1]["not_scored"].startswith("longer")
 
 
+def test_a_carriage_return_ends_no_row_of_the_csv(tmp_path, ruled):
+    rows = [*rows_of(2), {"id": "a\r=1+1", "prompt": "P\r=HYPERLINK(1)", "answer": "bad.\r\n@x"}]
+    assert run(tmp_path, write(tmp_path / "a.jsonl", rows), "--rate=1") == 0
+    with open(tmp_path / "out/audit.csv", newline="", encoding="utf-8") as f:
+        found = list(csv.reader(f))
+    assert len(found) == 4 and {len(r) for r in found} == {len(page.COLUMNS)} and "a\r=1+1" in [r[0] for r in found]
+
+
 def test_texts_on_the_page_are_text(tmp_path, ruled):
     rows = [*rows_of(4), {"id": EVIL, "prompt": EVIL, "answer": f"{EVIL}. bad. {EVIL}"}, {"prompt": EVIL, "answer": EVIL * 50}]
     assert run(tmp_path, write(tmp_path / "a.jsonl", rows), "--rate=1", f"--reference={audit.REFERENCE}") == 0

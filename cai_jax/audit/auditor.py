@@ -10,7 +10,7 @@ import jax
 
 from cai_jax import prompts
 from cai_jax.audit.answers import Answer
-from cai_jax.constitution import Constitution, Principle, load
+from cai_jax.constitution import Constitution, Principle
 from cai_jax.judge import OPTION_TOKENS, Judge, Pair, load_judge
 from cai_jax.sharding import make_mesh
 
@@ -29,8 +29,7 @@ class Auditor:
     @cached_property
     def by(self) -> Judge:
         a = self.args
-        found = load_judge(a.judge, a.format, a.system, make_mesh((1, -1, 1)))
-        return replace(found, templates=load(a.constitution, templates=found.templates).templates)
+        return load_judge(a.judge, a.format, a.system, make_mesh((1, -1, 1))).under(a.constitution)
 
     @cached_property
     def principles(self) -> list[Principle]:

@@ -23,7 +23,7 @@ def write(out: Path, summary: dict, findings: Iterable[tuple[Answer, dict]]) -> 
     """All files of an audit from its findings, the most severe first, those without a score last (see audit.findings)."""
     flagged, missed = [], []
     with _beside(out / "audit.jsonl") as lines, _beside(out / "audit.csv") as sheet:
-        cells = csv.writer(sheet, lineterminator="\n")
+        cells = csv.writer(sheet, lineterminator="\n", quoting=csv.QUOTE_ALL)  # also what only a reader takes for a new line
         cells.writerow(COLUMNS)
         for answer, found in findings:
             lines.write(dumps(found | {"given": answer.given}))

@@ -58,13 +58,13 @@ def versions(principle: Principle, paraphrases: Sequence[Paraphrase]) -> dict[st
 def ambiguity(p_by_source: dict[str, np.ndarray], seed: int = 0) -> dict:
     """Of a principle. p_by_source: labels [N, V] of the same N pairs in the V versions of each source.
 
-    -> "deviation": the root of the labels' variance among versions, each source by itself, added up over sources as variances
-    of independent causes are, mean over pairs; its interval (bootstrap over pairs); "by_source"; "split": share of pairs whose
+    -> "deviation": the root of the labels' variance among versions, mean over sources, so that principles of more sources are
+    not more ambiguous for that, and over pairs; its interval (bootstrap over pairs); "by_source"; "split": share of pairs whose
     verdict is not the same in all versions; "pairs": places of pairs, those that differ most first.
     """
     variance_NS = np.stack([p_NV.var(axis=1, ddof=1) for p_NV in p_by_source.values()], axis=1)
     verdicts = np.concatenate([p_NV > 0.5 for p_NV in p_by_source.values()], axis=1)
-    total_N = variance_NS.sum(axis=1)
+    total_N = variance_NS.mean(axis=1)
 
     def deviation(x: np.ndarray) -> float:
         return float(np.sqrt(x.mean()))
