@@ -183,7 +183,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"wanted {commands} or `cai audit`, got arguments {argv[1:]}")
     if missing := [f"--{name}" for name, flag in needed[argv[1]].items() if not flag.value]:
         raise app.UsageError(f"cai {argv[1]} needs {' and '.join(missing)}")
-    if argv[1] != "ablate" and (given := [f"--{f.name}" for f in (DROP, CORRUPT, SEEDS) if f.value != f.default]):
+    if argv[1] != "ablate" and (given := [f"--{f.name}" for f in (DROP, CORRUPT, SEEDS) if f.present]):
         raise app.UsageError(f"{given[0]} is a flag of `cai ablate`")
     logging.set_verbosity(logging.WARNING)  # orbax reports every file it writes
     stop_on_sigterm()

@@ -164,15 +164,32 @@ def test_what_is_compiled_for_pods_fits_their_meshes_and_is_as_much_for_every_ch
     assert scaling.Place.of("2 x v5e:16x16") == ("v5e:16x16", 2) and str(scaling.Place("v5e:16x16", 2)) == "2 x v5e:16x16"
 
 
+def test_what_is_sent_is_counted_as_the_table_of_the_docs_says():
+    """Llama 3.2 1B has 973,078,528 weights in the matrices of its layers and a table of 128,256 x 2,048."""
+    row = {"model": "Llama-3.2-1B", "place": "v5e:8x8", "mesh": [8, 8, 1], "stage": "sft", "step": "train"}
+    row["sizes"] = "64 rows of 2,048 tokens"
+    W, E = 2 * 973_078_528, 128_256 * 2_048
+    data = 2 * 7 / 8 * (W / 8 + 2 * 4 * E / 8)
+    assert scaling.sent_by_formula(row) == pytest.approx(3 * 7 / 8 * W + 7 / 8 * 8 * E + data)
+    slices = scaling.sent_by_formula(row | {"place": "2 x v5e:4x8"})  # four along data within each slice
+    assert slices == pytest.approx(3 * 7 / 8 * W + 7 / 8 * 8 * E + data * (3 / 4) / (7 / 8))
+    ring = scaling.sent_by_formula(row | {"mesh": [1, 8, 1], "sizes": "8 rows of 2,048 tokens"})
+    assert ring == pytest.approx((2 * 9 + 7) / 8 * W + 7 / 8 * 8 * E)
+    split = scaling.sent_by_formula(row | {"mesh": [8, 4, 2]})  # 4,096 tokens of a device
+    assert split == pytest.approx(3 / 4 * (3 * W / 2 + 8 * E / 2) + 7 / 4 * (W / 8 + 8 * E / 8) + 5 * 4096 * 2048 * 2 * 16)
+    assert scaling.sent_by_formula(row | {"step": "decode", "sizes": "a token in 32 slots of 1,280"}) == 0
+
+
 def test_a_row_of_pods_says_what_does_not_fit():
     row = {"model": "Llama-3.2-1B", "place": "v5e:2x4", "mesh": [1, 8, 1], "stage": "sft", "step": "train", "hbm": 2**34}
+    row["sizes"] = "8 rows of 2,048 tokens"
     sent = [
         {"kind": "all-gather", "between_slices": False, "bytes": 2e9},
         {"kind": "all-reduce", "between_slices": True, "bytes": 1e9},
     ]
     seconds = {"links": 0.02, "network": 0.01, "step": 0.1}
     whole = row | {"fits": True, "memory": {"needs": 2**33}, "flops": 3e12, "collectives": sent, "seconds": seconds}
-    assert scaling.cells(whole) == ["v5e:2x4", "SFT", "1x8x1", "8.0 (50%)", "3", "3", "1", "100", "30%"]
+    assert scaling.cells(whole) == ["v5e:2x4", "SFT", "1x8x1", "8.0 (50%)", "3", "3", "0.38", "1", "100", "30%"]
     assert scaling.cells(row | {"fits": False, "memory": {"needs": 2**35}})[3:5] == ["**32.0 (200%)**", "-"]
     assert scaling.cells(row | {"fits": False, "error": "no"})[3] == "refused"
     assert "v5e:2x4" in scaling.report([whole], ["Llama-3.2-1B"])
