@@ -17,7 +17,7 @@ from cai_jax.config import Sampling, default
 from cai_jax.constitution import Constitution, Principle, ambiguity, check, distance, load
 from cai_jax.constitution.check import Case
 from cai_jax.errors import InputError
-from cai_jax.generate import Request, sample_texts
+from cai_jax.generate import Request, fits, sample_texts
 from cai_jax.models import LM, hf
 from cai_jax.progress import table
 from cai_jax.score import averaged_preference, option_logprobs
@@ -25,8 +25,6 @@ from cai_jax.sharding import make_mesh
 
 OPTION_TOKENS = 8  # room for an option behind a context
 THOUGHT = Sampling(max_tokens=96, batch_size=64)  # of a judge that reasons first
-
-
 READ = 3  # principles whose pairs are shown, and pairs of each
 
 
@@ -62,13 +60,17 @@ class Judge:
         for n, (pair, principle) in enumerate(asked, 1):
             for a, b in ((pair.a, pair.b), (pair.b, pair.a)):
                 contexts.append(prompts.comparison(pair.messages, principle.comparison, a, b, self.templates))
-                if len(self.lm.tok.prompt(contexts[-1])) + OPTION_TOKENS > self.lm.cfg.max_length:
-                    begin = pair.messages[-1]["content"][:60]
-                    raise InputError(
-                        f"{what}: pair {n} ({begin!r} ...) under {principle.id!r} is longer than the judge's context of "
-                        f"{self.lm.cfg.max_length} tokens; shorten it, or give another --judge"
-                    )
+                self.require_room(contexts[-1], OPTION_TOKENS, f"{what}: pair {n}", pair, principle)
         return self.verdicts(contexts, what)
+
+    def require_room(self, context: str, more: int, which: str, pair: Pair, principle: Principle) -> None:
+        """Raises InputError where the judge's context does not hold so many tokens behind this one."""
+        if not fits(self.lm, context, more):
+            begin = pair.messages[-1]["content"][:60]
+            raise InputError(
+                f"{which} ({begin!r} ...) under {principle.id!r} is longer than the judge's context of "
+                f"{self.lm.cfg.max_length} tokens; shorten it, or give another --judge"
+            )
 
     def verdicts(self, contexts: list[str], what: str) -> np.ndarray:
         """P(the first is better) of comparisons that stand in both orders, one behind the other. -> float64 [N]."""
@@ -86,6 +88,12 @@ class Judge:
             for k in range(samples)
             for order, x in (("ab", (pair.a, pair.b)), ("ba", (pair.b, pair.a)))
         ]
+        for n, r in enumerate(requests):
+            of = n // (2 * samples)
+            longest = prompts.verdict(r.context, "", self.templates)
+            self.require_room(
+                longest, THOUGHT.max_tokens + OPTION_TOKENS, f"{what}: with a thought, question {of + 1}", *asked[of]
+            )
         with tempfile.TemporaryDirectory() as folder, jax.set_mesh(self.mesh):
             with closing(records.Journal(Path(folder) / "journal.jsonl")) as journal:
                 said = sample_texts(self.lm, requests, THOUGHT, 0, journal, self.mesh, self.templates, f"{what}, thoughts")
@@ -108,7 +116,7 @@ def load_judge(path: str, format: str, system: str, mesh) -> Judge:
     try:
         lm, (_, templates) = stages.load_lm(cfg, None, mesh), stages.load_format(cfg)
     except InputError as error:
-        raise InputError(str(error).replace("--config.model.path", "--judge")) from error
+        raise InputError(str(error).replace("--config.model.path", "--judge").replace("--config.model.", "--")) from error
     return Judge(path, lm, templates, mesh)
 
 

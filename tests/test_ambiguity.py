@@ -104,6 +104,11 @@ def test_the_command_ranks_principles_by_what_their_versions_get(tmp_path, capsy
     assert main(["ambiguity", *words]) == 0
     said = capsys.readouterr()
     assert "verdicts split" in said.err and re.search(rf"^harm: {found['harm']['pairs'][0]}: '", said.err + said.out, re.M)
+    long = json.loads(probes.read_text().splitlines()[0])
+    long["messages"][-1]["content"] = "How do I use a brumab? " * 50  # 400 tokens or so: room for an option, none for a thought
+    probes.write_text(probes.read_text() + json.dumps(long | {"id": "long"}) + "\n")
+    assert main(["ambiguity", *words, "--samples=2"]) == 2
+    assert "labels: with a thought, question 13 ('How do I" in (said := capsys.readouterr().err) and "--judge" in said
     for flag, told in (("--samples=1", "wanted 2 thoughts or more"), ("--limit=5", "5 pairs; an interval wants at least 8")):
         assert main(["ambiguity", *words, flag]) == 2 and told in capsys.readouterr().err
 
