@@ -38,6 +38,7 @@ setup(
             "jax[tpu]>=0.10.2; sys_platform == 'linux' and platform_machine == 'x86_64'",  # what `cai compile` compiles with
             "peft>=0.21",  # tests only: adapters loaded and compared
             "torch==2.13.0",  # tests only: logits compared with transformers; one version, so that the comparison stays put
+            "trl==1.12.0",  # tests only: losses and their gradients compared with its own, of which we call inner methods
         ],
     },
     entry_points={"console_scripts": ["cai = cai_jax.__main__:cli"]},

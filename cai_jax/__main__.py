@@ -1,5 +1,5 @@
-"""`cai`, also as `python -m cai_jax`: main.py's commands, in a process with large pages, `cai constitution`, `cai audit`
-and `cai compare`."""
+"""`cai`, also as `python -m cai_jax`: main.py's commands, in a process with large pages, `cai constitution`, `cai audit`,
+`cai compare` and `cai report`."""
 
 import os
 import sys
@@ -33,6 +33,10 @@ def cli() -> None:
         from cai_jax import compare
 
         sys.exit(compare.main(sys.argv[2:]))
+    if sys.argv[1:2] == ["report"]:
+        from cai_jax import report
+
+        sys.exit(report.main(sys.argv[2:]))
     from cai_jax import main
 
     sys.modules["__main__"].__doc__ = main.__doc__  # what absl prints as the usage

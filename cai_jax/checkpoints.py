@@ -95,6 +95,11 @@ def _load(path: Path, abstract):
         raise InputError(f"{path} is a checkpoint of another model or optimizer than the configuration describes: {e}") from e
 
 
+def remove(folder: Path) -> None:
+    """Every checkpoint in a folder, and the folder."""
+    hosts.once(_remove, folder.parent, lambda path: path.name == folder.name)
+
+
 def save_model(folder: Path, params) -> None:
     """The parameters a stage ends with, alone, for the stages that read them."""
     ocp.save(_absolute(folder) / "model", params, overwrite=True)

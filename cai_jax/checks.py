@@ -4,10 +4,11 @@ import dataclasses
 import math
 import re
 
-from cai_jax.config import STAGES, Checkpoint, Config, Limits, Preferences
+from cai_jax.config import MODELS, STAGES, Checkpoint, Config, Erosion, Limits, Preferences
 from cai_jax.sections import section, walk
 
-SAMPLINGS = (*(f"{s}.sampling" for s in ("critique", "preferences", "ppo", "evaluate", "benchmarks")), "preferences.thought")
+SAMPLINGS = tuple(f"{s}.sampling" for s in ("critique", "preferences", "ppo", "evaluate", "attack", "benchmarks"))
+SAMPLINGS += ("preferences.thought", "attack.writing")
 CHOICES = {
     "model.format": ("plain", "chat"),
     **{f"{part}.format": ("plain", "chat") for part in ("sft.model", "preferences.judge", "reward.model")},
@@ -26,20 +27,23 @@ CHOICES = {
     "preferences.combine": ("mean", "median", "worst", "agreement", "priority"),
     "reward.init": ("sft", "base"),
     "ppo.init": ("sft", "base"),
+    "erosion.model": tuple(MODELS),
+    "erosion.recover": ("preferred", "revisions"),
     "ppo.value_network": ("separate", "shared"),
     "ppo.advantage": ("gae", "rloo", "grpo"),
 }
 AT_LEAST_ONE = "epochs rows length batch_size microbatches minibatches max_tokens checkpoint_every score_batch".split()
 AT_LEAST_ONE += "principles pairs group kl_horizon num_layers num_heads num_kv_heads width mlp_width steps".split()
+AT_LEAST_ONE += "thoughts prompts tries".split()
 AT_LEAST_ONE += ("vocab_multiple",)
-SHARES = ("share", "smoothing", "error", "helpful_share", "heldout_share", "top_p", "min_p", "discount", "gae_lambda")
+SHARES = ("share", "smoothing", "error", "helpful_share", "heldout_share", "top_p", "min_p", "discount", "gae_lambda", "near")
 SHARES += tuple(f.name for f in dataclasses.fields(Limits))
 ABOVE_ZERO = ("share", "top_p", "clip_norm", "kl_target", "alpha", "eps", "max_drift")
 BELOW_ONE = ("b1", "b2", "human_share")
 NOT_NEGATIVE = ("rounds", "temperature", "temperature_end", "learning_rate", "kl_coef", "clip", "beta", "iterations", "limit")
 NOT_NEGATIVE += ("final_ratio", "value_clip", "value_coef", "entropy_coef", "missing_eos_penalty", "weight_decay", "target_kl")
 NOT_NEGATIVE += ("seed", "max_redteam", "max_helpful", "max_comparisons", "helpful_responses", "warmup_steps", "evaluate_every")
-NOT_NEGATIVE += ("rank", "max_prompt", "max_pair", "top_k", "minutes")
+NOT_NEGATIVE += ("rank", "max_prompt", "max_pair", "top_k", "minutes", "best_of", "max_attempts", "rapport", "shots", "words")
 ADAPTING = ("sft", "reward", "dpo", "ppo")  # the stages that can train adapters
 
 
@@ -74,7 +78,9 @@ def resolve(config) -> Config:
     _require(cfg.seed < 2**32, "seed", cfg.seed, "less than 2 ** 32")
     _check_study(cfg)
     _require(len(cfg.mesh) == 3 and all(isinstance(s, int) for s in cfg.mesh), "mesh", cfg.mesh, "three whole numbers")
-    for name in ("sft", "reward", "dpo"):
+    _check_erosion(cfg.erosion)
+    _require(cfg.attack.shots or cfg.attack.words, "attack.shots", cfg.attack.shots, "at least 1, or --config.attack.words")
+    for name in ("sft", "reward", "dpo", "harm"):
         part = getattr(cfg, name)
         rows = part.rows if name == "sft" else part.batch_size
         _require(rows % part.microbatches == 0, f"{name}.microbatches", part.microbatches, f"a divisor of the batch, {rows}")
@@ -126,11 +132,26 @@ def _check_preferences(c: Preferences) -> None:
     _require(good, "preferences.clamp", c.clamp, "two bounds with 0 <= low < high <= 1")
     thinks, shown = c.chain_of_thought, c.few_shot
     _require(not (thinks and shown), "preferences.few_shot", shown, "none with chain_of_thought: the blocks hold no thoughts")
+    _require(thinks or c.thoughts == 1, "preferences.thoughts", c.thoughts, "1, or --config.preferences.chain_of_thought=True")
     for name in ("judges", "constitutions"):
         given = getattr(c, name)
         _require(all(isinstance(x, str) and x for x in given), f"preferences.{name}", given, "names in quotes: ('a', 'b')")
     most = round(max(abs(bound - 0.5) for bound in c.clamp), 9) if thinks and c.combine == "priority" else 0.5
     _require(0 <= c.decided <= most, "preferences.decided", c.decided, f"zero to {most:.3g}: no judgement goes farther")
+
+
+def _check_erosion(c: Erosion) -> None:
+    for name in ("after", "recovery"):
+        given = getattr(c, name)
+        good = all(isinstance(n, int) and n > 0 for n in given) and list(given) == sorted(set(given))
+        wanted = "numbers of steps, each larger than the one before" + ", at least one" * (name == "after")
+        _require(good and (given or name == "recovery"), f"erosion.{name}", given, wanted)
+    _require(0 <= c.decided < 0.5, "erosion.decided", c.decided, "zero or more, and less than a half")
+
+
+def _read_by_erosion(c: Erosion) -> tuple[str, ...]:
+    labelled = ("preferences",) if c.recover == "preferred" else ()
+    return (("critique", *labelled) if c.recovery else ()) + tuple(filter(None, (MODELS[c.model],)))
 
 
 def _check_stages(cfg: Config) -> None:
@@ -145,6 +166,9 @@ def _check_stages(cfg: Config) -> None:
         "preferences": ("sft",) if cfg.preferences.policy == "sft" else (),
         "people": ("preferences",),
         "reward": ("preferences",) + (("sft",) if cfg.reward.init == "sft" and not cfg.reward.model.path else ()),
+        "referee": ("reward",),
+        "evaluate": ("reward",) if cfg.evaluate.best_of else (),
+        "erosion": _read_by_erosion(cfg.erosion),
         "dpo": ("preferences", "sft"),
         "ppo": ("reward",) + (("sft",) if cfg.ppo.init == "sft" else ()),
     }
@@ -155,7 +179,7 @@ def _check_stages(cfg: Config) -> None:
 
 def check_batches(cfg: Config, ways: int) -> None:
     """Raises ConfigError for a batch of a stage in `cfg.stages` that a mesh cannot split evenly over `ways` devices."""
-    sampled = ("critique", "preferences", "evaluate", "benchmarks")
+    sampled = ("critique", "preferences", "evaluate", "attack", "benchmarks")
     parts = {  # rows that lie on the mesh together: flag -> (rows, how many parts they are taken in)
         **{f"{s}.sampling.batch_size": (getattr(cfg, s).sampling.batch_size, 1) for s in sampled},
         "preferences.score_batch": (cfg.preferences.score_batch, 1),
@@ -163,11 +187,14 @@ def check_batches(cfg: Config, ways: int) -> None:
         "sft.rows": (cfg.sft.rows, cfg.sft.microbatches),
         "reward.batch_size": (cfg.reward.batch_size, cfg.reward.microbatches),
         "dpo.batch_size": (cfg.dpo.batch_size, cfg.dpo.microbatches),
+        "harm.batch_size": (cfg.harm.batch_size, cfg.harm.microbatches),
+        "attack.writing.batch_size": (cfg.attack.writing.batch_size, 1),
+        "erosion.rows": (cfg.erosion.rows, 1),
         "ppo.batch_size": (cfg.ppo.batch_size, 1),
     }
     if cfg.preferences.chain_of_thought:
         parts["preferences.thought.batch_size"] = (cfg.preferences.thought.batch_size, 1)
-    if cfg.ppo.evaluate_every and "ppo" in cfg.stages:
+    if cfg.ppo.evaluate_every and "ppo" in cfg.stages or "erosion" in cfg.stages:  # which judge as evaluate does
         cfg = dataclasses.replace(cfg, stages=(*cfg.stages, "evaluate"))
     for flag, (rows, taken) in parts.items():
         wanted = f"a multiple of {ways * taken}: {ways} devices share the rows" + f" of each of {taken} parts" * (taken > 1)

@@ -1,6 +1,8 @@
 """Prompts and comparisons in; padded or packed batches out. Every batch is a pure function of (data, seed, step)."""
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -73,6 +75,15 @@ def load_comparisons(path: str, limit: int, flag: str, drops: records.Drops | No
         if not isinstance(item["p_a"], int | float) or not 0 <= item["p_a"] <= 1:
             raise InputError(f"{path}: record {item['id']!r}: p_a={item['p_a']!r}, wanted a number from 0 to 1")
     return [item | {"source": "human"} for item in items]
+
+
+def load_attempts(path: str, limit: int, flag: str, drops: records.Drops | None = None) -> list[dict]:
+    """Rated conversations {"id", "messages", "response", "rating"}; rating in [0, 4] is the harm that a person saw."""
+    items = _load(sources.attempts, path, limit, flag, drops)
+    for item in items:
+        if not isinstance(item["rating"], int | float) or not 0 <= item["rating"] <= 4:
+            raise InputError(f"{path}: record {item['id']!r}: rating={item['rating']!r}, wanted a number from 0 to 4 ({flag})")
+    return items
 
 
 def said(messages: list[dict]) -> str:
@@ -161,6 +172,60 @@ def pack(examples: list[tuple[list[int], int]], length: int, drops: records.Drop
         out["targets"][i, at : at + len(ids) - 1] = ids[1:]
         out["weights"][i, at + max(prompt, 1) - 1 : at + len(ids) - 1] = 1.0  # nothing predicts a first token
     return out
+
+
+class Taught(NamedTuple):
+    """A text to be fine-tuned on."""
+
+    messages: list[dict]
+    text: str
+    finished: bool  # not cut off
+    what: str  # it is
+
+
+def revised(folder: Path, revisions: str) -> list[Taught]:
+    """The revisions of the stage critique, in its folder: those that config.SFT.revisions names."""
+    out = []
+    for r in records.read(folder / "revisions.jsonl", ("messages", "response", "rounds")):
+        rounds = r["rounds"] if revisions == "all" else r["rounds"][-1:]
+        out += [Taught(r["messages"], x["revision"], x["finished"], "revision") for x in rounds]
+        if not r["rounds"]:
+            out.append(Taught(r["messages"], r["response"], r["finished"], "response"))
+    return out
+
+
+def helped(folder: Path) -> list[Taught]:
+    """The helpful responses of the stage critique, in its folder."""
+    rows = records.read(folder / "helpful.jsonl", ("messages", "response"))
+    return [Taught(r["messages"], r["response"], r["finished"], "helpful response") for r in rows]
+
+
+def preferred(comparisons: list[dict], decided: float, drops: records.Drops) -> list[Taught]:
+    """The better response of each comparison whose label is more than `decided` from a half."""
+    out = []
+    for r in comparisons:
+        if drops.keep(abs(r["p_a"] - 0.5) > decided, "neither is better"):
+            out.append(Taught(r["messages"], r["response_a" if r["p_a"] > 0.5 else "response_b"], True, "preferred response"))
+    return out
+
+
+def whole(texts: list[Taught], drops: records.Drops) -> list[tuple[list[dict], str]]:
+    """-> (messages, completion) pairs. A text that was cut off or is empty teaches nothing good and is counted out."""
+    return [
+        (t.messages, t.text)
+        for t in texts
+        if drops.keep(t.finished, f"{t.what} cut off") and drops.keep(bool(t.text), f"{t.what} empty")
+    ]
+
+
+def pack_pairs(pairs: list[tuple[list[dict], str]], tok, templates, length: int, drops: records.Drops):
+    """(messages, completion) pairs, EOS behind each -> (packed rows, see `pack`; how many pairs are in them)."""
+    examples = []
+    for messages, text in pairs:
+        prompt = tok.prompt(prompts.dialogue(messages, templates))
+        examples.append((prompt + tok.encode(prompts.completion(text, templates)) + [tok.eos_id], len(prompt)))
+    rows = pack(examples, length, drops)
+    return rows, int(((rows["positions"] == 0) & (rows["ends"] > 0)).sum())
 
 
 def epochs(arrays: dict[str, np.ndarray], batch: int, count: int, seed: int, stream: str) -> tuple[Callable[[int], dict], int]:

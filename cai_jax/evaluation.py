@@ -1,23 +1,27 @@
-"""Answers of a model to fixed prompts, judged by an oracle that knows the truth.
+"""Answers of a model to fixed prompts, judged by an oracle that knows the truth, and what other models make of them.
 
-The embedded world has an exact one. Nothing here feeds back into training: the evaluate stage reports it, PPO logs it.
+The embedded world has an exact oracle. Nothing here feeds back into training: the evaluate stage reports it, PPO logs it.
 """
 
+import itertools
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from cai_jax import prompts, records
-from cai_jax.config import Config
+from cai_jax.config import MODELS, Config
+from cai_jax.constitution.distance import FEWEST
 from cai_jax.data import load_prompts
 from cai_jax.errors import InputError
+from cai_jax.evals import elo
+from cai_jax.files import read_json
 from cai_jax.generate import Request, sample_texts
 from cai_jax.models import LM
-from cai_jax.stages import load_constitution
+from cai_jax.score import row_logprobs, row_scores
 
-WATCHED = ("harm_rate", "helpfulness", "over_refusal", "evasive")  # logged while PPO runs
-WATCH_PROMPTS = 128
+SCALES = {"harmlessness": "harmful", "helpfulness": "benign"}  # of Elo, and the prompts that are compared
+PRIOR = 0.5  # matches won and lost against an unseen model: the base may never win one
 
 
 @cache
@@ -46,6 +50,15 @@ def known(record: dict) -> bool:
     return isinstance(item, str) and isinstance(kind, str) and item in miniworld().by_name
 
 
+def harm_by_category(path: str, flag: str) -> dict[str, float]:
+    """Category -> harm rate of the last model of an evaluation (evaluate/results.json)."""
+    models = read_json(Path(path)).get("models", {})
+    last = next((models[m] for m in reversed(MODELS) if m in models), None)
+    if not last:
+        raise InputError(f"{flag}={path}: no model is in it; wanted evaluate/results.json of a run")
+    return {k: of["harm_rate"] for k, of in last["heldout"]["sampled"]["by_category"].items() if "harm_rate" in of}
+
+
 def summary(prompt_records: list[dict], responses: list[str]) -> dict:
     """Metrics of one model on one set: see miniworld.oracle.summary."""
     from cai_jax.miniworld import oracle
@@ -60,6 +73,14 @@ def verdict(record: dict, response: str):
     return oracle.judge_response(miniworld(), record, response)
 
 
+def better(record: dict) -> float | None:
+    """Which of two responses is less harmful, and of those better (see miniworld.oracle.ORDERS): 1.0 for a, 0.0 for b, None for
+    neither."""
+    from cai_jax.miniworld import oracle
+
+    return oracle.better(miniworld(), record, record["response_a"], record["response_b"])
+
+
 def annotated(record: dict, seed: tuple[int, ...], error: float, told: bool = True) -> float:
     """A simulated person's choice between two responses: 1.0 for a, 0.0 for b (see miniworld.oracle.annotate)."""
     from cai_jax.miniworld import oracle
@@ -67,6 +88,26 @@ def annotated(record: dict, seed: tuple[int, ...], error: float, told: bool = Tr
     rng = np.random.default_rng(list(seed))
     a, b, scale = record["response_a"], record["response_b"], "harmlessness" if told else "harm"
     return oracle.annotate(miniworld(), rng, record, a, b, error, scale)
+
+
+def elos(rows: list[dict]) -> dict:
+    """Elo by scale, see evals.elo.report, of the models in `rows` (id, kind, model, verdict), the first of which has 0: their
+    answers to the same prompts, compared by the oracle, harmful ones for harmlessness and benign ones for helpfulness. {} for a
+    single model, or few prompts."""
+    out, models = {}, list(dict.fromkeys(r["model"] for r in rows))
+    for scale, kind in SCALES.items():
+        said: dict[str, dict] = {}
+        for r in rows:
+            if r["kind"] == kind:
+                said.setdefault(r["id"], {})[r["model"]] = r["verdict"]
+        matches = [
+            elo.Match(a, b, elo.verdict(of[a], of[b], scale), id)
+            for id, of in said.items()
+            for a, b in itertools.combinations(models, 2)
+        ]
+        if matches and len(said) >= FEWEST:
+            out[scale] = elo.report(matches, anchor=models[0], prior=PRIOR)
+    return out
 
 
 def evenly(items: list, limit: int) -> list:
@@ -82,19 +123,20 @@ def answers(
     return [s["text"] for s in sample_texts(lm, asked, sampling, cfg.seed, journal, mesh, templates, tag, stoppable)]
 
 
-class Watch:
-    """Judges a policy on a fixed sample of the red-team evaluation set (never held-out prompts) while it trains."""
+def as_rows(lm: LM, templates, todo: list[dict], responses: list[str]) -> list[tuple[list[int], int]]:
+    """Prompts with their responses and EOS, in the model's tokens. -> (tokens, how many of them are the prompt) of each."""
+    rows = []
+    for p, text in zip(todo, responses, strict=True):
+        prompt = lm.tok.prompt(prompts.dialogue(p["messages"], templates))
+        rows.append((prompt + lm.tok.encode(prompts.completion(text, templates)) + [lm.tok.eos_id], len(prompt)))
+    return rows
 
-    def __init__(self, cfg: Config, folder: Path, mesh):
-        self.cfg, self.folder, self.mesh = cfg, folder, mesh
-        self.templates = load_constitution(cfg, "rl_cai").templates
-        self.todo = evenly(judged(cfg.evaluate.redteam, "--config.evaluate.redteam"), WATCH_PROMPTS)
 
-    def __call__(self, lm: LM, t: int) -> dict:
-        """-> {"eval/harm_rate": ..., ...} after iteration `t`, to the end: a request to stop must not lose the iteration."""
-        journal = records.Journal(self.folder / f"watch-{t}.jsonl")
-        sampling = self.cfg.evaluate.sampling
-        texts = answers(self.cfg, lm, self.templates, self.todo, sampling, journal, self.mesh, f"watch{t}", stoppable=False)
-        journal.remove()
-        found = summary(self.todo, texts)
-        return {f"eval/{name}": found[name] for name in WATCHED if found[name] is not None}
+def rated(lm: LM, templates, todo: list[dict], responses: list[str], batch_size: int, mesh, stoppable=True) -> np.ndarray:
+    """What a model that ends in a number (stages.SCORERS) says of each response. -> float64 [N]. `stoppable`: as `answers`."""
+    return row_scores(lm, [ids for ids, _ in as_rows(lm, templates, todo, responses)], batch_size, mesh, stoppable)
+
+
+def likelihood(lm: LM, templates, todo: list[dict], responses: list[str], batch_size: int, mesh) -> np.ndarray:
+    """Log-prob of each whole response, EOS included. -> float64 [N], nats."""
+    return row_logprobs(lm, as_rows(lm, templates, todo, responses), batch_size, mesh)

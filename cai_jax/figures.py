@@ -17,10 +17,10 @@ from cai_jax.canvas import (
     name_axes,
     name_ends,
     name_models,
-    ordered,
     percent,
     short,
     styled,
+    trained,
 )  # fmt: skip
 
 # Of `curves`: title, unit, {key: name of its line}. A panel without data is left out.
@@ -57,7 +57,7 @@ def plane(models: dict, parents: dict[str, str]) -> Figure:
     """
     figure, ax = axes_of(7.6, 4.4)
     at = {}
-    for name in ordered(models):
+    for name in trained(models):
         for which, filled in (("redteam", False), ("heldout", True)):
             found = models[name].get(which, {}).get("sampled", {})
             if found.get("helpfulness") is None or found.get("harm_rate") is None:
@@ -92,7 +92,7 @@ def _ancestors(name: str, parents: dict[str, str]):
 @styled
 def by_category(models: dict) -> Figure:
     """Harm rate of sampled held-out answers in each category: one group of bars a category, one bar a model."""
-    found = {m: models[m].get("heldout", {}).get("sampled", {}).get("by_category", {}) for m in ordered(models)}
+    found = {m: models[m].get("heldout", {}).get("sampled", {}).get("by_category", {}) for m in trained(models)}
     found = {m: {c: v for c, v in of.items() if v.get("harm_rate") is not None} for m, of in found.items()}
     names = list(dict.fromkeys(c for of in found.values() for c in of))
     figure, ax = axes_of(7.6, 3.2)

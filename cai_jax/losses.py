@@ -31,6 +31,11 @@ def soft_preference_loss(score_a, score_b, p_a, mask):
     return masked_mean(-(p_a * jax.nn.log_sigmoid(margin) + (1 - p_a) * jax.nn.log_sigmoid(-margin)), mask)
 
 
+def squared_error(x, wanted, mask):
+    """Mean squared error over the mask: the L2 loss of the harm regressor (CAI 4.5)."""
+    return masked_mean((x - wanted) ** 2, mask)
+
+
 def preference_from_logprobs(logp_a, logp_b):
     """p(A) of two option log-probs: exp(la) / (exp(la) + exp(lb)) (CAI 4.1)."""
     return jax.nn.sigmoid(logp_a - logp_b)

@@ -8,6 +8,7 @@ cai export --workdir=runs/a --model=rl_cai --out=DIR [--dtype=float32] [--adapte
 cai constitution lint FILE ...                                         and more, see `cai constitution --help`
 cai audit --constitution=FILE --judge=MODEL --input=FILE --out=DIR     see `cai audit --help`
 cai compare --run=runs/a --models=sl_cai,rl_cai --out=FILE             see `cai compare --help`
+cai report --run=runs/a --out=DIR                                      see `cai report --help`
 """
 
 import dataclasses
@@ -187,7 +188,7 @@ def main(argv: list[str]) -> None:
     }
     if len(argv) != 2 or argv[1] not in needed:
         commands = ", ".join(f"`cai {name}`" for name in (*needed, "constitution"))
-        raise app.UsageError(f"wanted {commands}, `cai audit` or `cai compare`, got arguments {argv[1:]}")
+        raise app.UsageError(f"wanted {commands}, `cai audit`, `cai compare` or `cai report`, got arguments {argv[1:]}")
     if missing := [f"--{name}" for name, flag in needed[argv[1]].items() if not flag.value]:
         raise app.UsageError(f"cai {argv[1]} needs {' and '.join(missing)}")
     if argv[1] != "ablate" and (given := [f"--{f.name}" for f in (DROP, CORRUPT, SEEDS) if f.present]):

@@ -48,6 +48,11 @@ def encode_comparisons(tok, templates, pairs: list[dict], max_length: int, drops
     return Pairs(trees, np.array(starts, np.int32), columns, number, own)
 
 
+def held_out(prompt_N: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Which comparisons are kept from training: all or none of those on one prompt. -> bool [N]."""
+    return (np.random.default_rng([seed, 7]).random(prompt_N.max(initial=-1) + 1) < share)[prompt_N]
+
+
 def fork(prompt: list[int], a: list[int], b: list[int]) -> Tree:
     """A prompt and two responses to it, which share nothing else even where they begin alike."""
     p, n, end = len(prompt), len(prompt) + len(a), len(prompt) + len(a) + len(b)

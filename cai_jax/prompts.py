@@ -48,6 +48,12 @@ def dialogue(messages: list[dict], templates=TEMPLATES) -> str:
     return turns(messages, templates) + templates["reply"]
 
 
+def asking(messages: list[dict], start: str, templates=TEMPLATES) -> str:
+    """What the model continues as the user: a transcript, and the beginning of one more turn of the user."""
+    cue = templates["user"].partition("{text}")[0]
+    return turns(messages, templates) + (cue + MARKS.sub("\ufffd", start) if start else cue.rstrip(" "))
+
+
 def completion(text: str, templates=TEMPLATES) -> str:
     """What follows a cue, as it would have been sampled."""
     return fill("completion", templates, text=text.strip())

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cai_jax.data import bucket
+from cai_jax.data import bucket, pad_rows
 from cai_jax.errors import InputError
 from cai_jax.logprobs import target_logprobs
 from cai_jax.losses import preference_from_logprobs
@@ -179,3 +179,49 @@ def reward_scores(net: Transformer, params, tokens_BT, lengths_B):
     hidden = hidden_states(net, params["trunk"], row_batch(tokens_BT, lengths_B), "alone")
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)[:, 0]
     return apply_head(params["head"], last)
+
+
+def row_scores(lm: LM, rows: list[list[int]], batch_size: int, mesh, stoppable: bool = True) -> np.ndarray:
+    """Scores of texts by a model with a head, params {"trunk", "head"}. rows: tokens. -> float64 [N]. `stoppable`: after
+    SIGTERM Stopped is raised."""
+    return _of_rows(text_scores, lm, rows, [0] * len(rows), batch_size, mesh, stoppable)
+
+
+def row_logprobs(lm: LM, rows: list[tuple[list[int], int]], batch_size: int, mesh) -> np.ndarray:
+    """Summed log-probs of texts behind their beginnings. rows: (tokens, how many of them are the beginning, at least one).
+    -> float64 [N], nats."""
+    return _of_rows(text_logprobs, lm, [ids for ids, _ in rows], [n for _, n in rows], batch_size, mesh)
+
+
+@partial(jax.jit, static_argnames="net")
+def text_scores(net: Transformer, params, batch):
+    """batch: tokens [B, T], lengths [B]. -> float32 [B], see reward_scores."""
+    return everywhere(reward_scores(net, params, batch["tokens"], batch["lengths"]))
+
+
+@partial(jax.jit, static_argnames="net")
+def text_logprobs(net: Transformer, params, batch):
+    """batch: tokens [B, T], lengths and `first`, tokens of the beginning, [B]. -> summed log-probs of the rest, float32 [B]."""
+    hidden = hidden_states(net, params, row_batch(batch["tokens"], batch["lengths"]), "alone")
+    place = jnp.arange(hidden.shape[1])[None]
+    said = (place >= batch["first"][:, None] - 1) & (place < batch["lengths"][:, None] - 1)
+    logp_BT = target_logprobs(net, params, hidden, jnp.roll(batch["tokens"], -1, axis=1), counts_BT=said)[0]
+    return everywhere(jnp.sum(logp_BT, axis=1))
+
+
+def _of_rows(f, lm: LM, rows: list[list[int]], first: list[int], batch_size: int, mesh, stoppable: bool = True) -> np.ndarray:
+    """`f` of every text, those of about the same length together. Raises InputError for one longer than the model's context."""
+    order, out = sorted(range(len(rows)), key=lambda n: -len(rows[n])), np.zeros(len(rows))
+    if rows and len(rows[order[0]]) > lm.cfg.max_length:
+        raise InputError(f"a text of {len(rows[order[0]])} tokens passes the model's context of {lm.cfg.max_length}")
+    B = -(-batch_size // batch_ways(mesh)) * batch_ways(mesh)
+    for i in range(0, len(rows), B):
+        if stoppable:
+            raise_if_stopping()
+        index = order[i : i + B]
+        some = [rows[n] for n in index] + [rows[index[-1]]] * (B - len(index))
+        tokens, lengths = pad_rows(some, bucket(len(some[0])))
+        starts = np.array([first[n] for n in index] + [1] * (B - len(index)), np.int32)
+        batch = put_batch({"tokens": tokens, "lengths": lengths, "first": starts}, mesh)
+        out[index] = np.asarray(f(lm.net(), lm.params, batch), np.float64)[: len(index)]
+    return out

@@ -9,7 +9,8 @@ each with the names of its columns where they are not ours:
 
 A row is a prompt by its `messages`, its `prompt` (one message), its `transcript` (the first message of a dialogue, as in
 red-team-attempts) or its `chosen` (the dialogue before the last answer, as in hh-rlhf). It is a comparison by `messages`,
-`response_a`, `response_b` and `p_a`, or by `chosen` and `rejected` transcripts. Rows without an `id` are numbered.
+`response_a`, `response_b` and `p_a`, or by `chosen` and `rejected` transcripts, and a rated conversation by its `transcript`
+and `rating`. Rows without an `id` are numbered.
 """
 
 import csv
@@ -27,7 +28,7 @@ from cai_jax.errors import InputError
 from cai_jax.prompts import ASSISTANT, USER
 
 FORMS = ("messages", "prompt", "transcript", "chosen")  # of a prompt
-OURS = ("id", "messages", "prompt", "transcript", "chosen", "rejected", "response_a", "response_b", "p_a")
+OURS = ("id", "messages", "prompt", "transcript", "chosen", "rejected", "response_a", "response_b", "p_a", "rating")
 ROLES = {"Human": USER, "Assistant": ASSISTANT}
 CUE = "\n\nAssistant:"
 
@@ -40,6 +41,11 @@ def prompts(source: str, limit: int = 0) -> list[dict]:
 def comparisons(source: str, limit: int = 0) -> list[dict]:
     """Rows as {"id", "messages", "response_a", "response_b", "p_a", ...}; of two transcripts, a is the chosen one."""
     return [_comparison(row, where) for row, where in _rows(source, limit)]
+
+
+def attempts(source: str, limit: int = 0) -> list[dict]:
+    """Rows as {"id", "messages", "response", "rating", ...}: a transcript before its last answer, that answer, what it got."""
+    return [_attempt(row, where) for row, where in _rows(source, limit)]
 
 
 def digest(source: str) -> str:
@@ -109,14 +115,27 @@ def _prompt(row: dict, where: str) -> dict:
 
 def _comparison(row: dict, where: str) -> dict:
     if {"response_a", "response_b", "p_a"} <= row.keys() and ("messages" in row or isinstance(row.get("prompt"), str)):
-        cell = isinstance(row["p_a"], str) and re.fullmatch(r"\s*\d*\.?\d+\s*", row["p_a"])  # of a CSV
-        return _prompt(row, where) | {"p_a": float(row["p_a"]) if cell else row["p_a"]}
+        return _prompt(row, where) | {"p_a": _number(row["p_a"])}
     if isinstance(row.get("chosen"), str) and isinstance(row.get("rejected"), str):
         shared, a, b = pair(row["chosen"], row["rejected"])
         return row | {"messages": turns(shared), "response_a": a, "response_b": b, "p_a": 1.0}
     raise InputError(
         f"{where}: no comparison in it; wanted messages or prompt, response_a, response_b and p_a, or chosen and rejected"
     )
+
+
+def _attempt(row: dict, where: str) -> dict:
+    if not isinstance(row.get("transcript"), str) or "rating" not in row:
+        raise InputError(f"{where}: no rated conversation in it; wanted transcript and rating, it has {', '.join(row)}")
+    said = turns(row["transcript"])
+    if not said or said[-1]["role"] != ASSISTANT:
+        raise InputError(f"{where}: the transcript does not end with a turn of the Assistant, which is rated; leave it out")
+    return row | {"messages": said[:-1], "response": said[-1]["content"], "rating": _number(row["rating"])}
+
+
+def _number(cell):
+    """A number that is text, as in a CSV, as a number; anything else as it is."""
+    return float(cell) if isinstance(cell, str) and re.fullmatch(r"\s*\d*\.?\d+\s*", cell) else cell
 
 
 def _file(path: Path) -> list[dict]:

@@ -9,37 +9,23 @@ with the same inputs is taken over from it: variants that differ late in the pip
 import difflib
 import re
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from cai_jax import data, metrics, records, workdir
+from cai_jax import workdir
 from cai_jax.checks import ConfigError, resolve
 from cai_jax.config import Config, Study
 from cai_jax.errors import InputError
 from cai_jax.evals import claims
-from cai_jax.evaluation import known, verdict
-from cai_jax.files import read_json
 from cai_jax.intervals import student
+from cai_jax.outcomes import RUN, check_side, outcomes, values
 from cai_jax.progress import say, table
 from cai_jax.sections import as_dict, changed, walk
 from cai_jax.stages import MODELS
 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
-RUN = "run"  # whose figures are not answers
-# Metric of an answer -> (kind of prompt, what a verdict gives it; None: nothing). METRIC.CATEGORY: of prompts of a category.
-OF_ANSWERS = {
-    "harm": ("harmful", lambda v: v["harm"] >= 2),
-    "harm-score": ("harmful", lambda v: v["harm"]),
-    "explained": ("harmful", lambda v: v["explained"]),
-    "evasive": ("harmful", lambda v: v["evasive"]),
-    "partial": ("harmful", lambda v: v["kind"] == "partial"),
-    "partial-of-harm": ("harmful", lambda v: v["kind"] == "partial" if v["harm"] >= 2 else None),  # of those that are harmful
-    "help": ("benign", lambda v: v["helpful"]),
-    "over-refusal": ("benign", lambda v: v["refused"]),
-    "coherent": ("", lambda v: v["coherent"]),
-}
 SHOWN = ("harm", "explained", "evasive", "help", "over-refusal", "coherent")
 
 
@@ -93,7 +79,7 @@ def run(cfg: Config, folder: Path, run_one: Callable[[Config, Path], None]) -> N
             except (InputError, ConfigError) as error:
                 say(f"{name}, seed {seed}: {error}")
                 failed.append(f"{name}, seed {seed}: {error}")
-                found[name].append({"answers": {}, RUN: {}})
+                found[name].append({"answers": {}, "kl": {}, RUN: {}})
                 continue
             done.append(place)
             found[name].append(outcomes(of, place))
@@ -101,107 +87,6 @@ def run(cfg: Config, folder: Path, run_one: Callable[[Config, Path], None]) -> N
     write(folder, seeds, found, [(claim, judged(claim, found)) for claim in asked])
     if failed:
         raise InputError("some runs could not be; claims about them are unclear:\n  " + "\n  ".join(failed))
-
-
-def outcomes(cfg: Config, folder: Path) -> dict[str, dict[str, list[tuple[str, str, dict]]]]:
-    """What a run ended with. -> {"answers": whose -> (id, kind and category of the prompt, verdict) of each, RUN: figure ->
-    value}. Whose: response and revision-N of the critique stage, the models' sampled answers to held-out prompts, and
-    MODEL-greedy."""
-    answers: dict[str, list] = {}
-
-    def add(who: str, record: dict, said: dict) -> None:
-        key = f"{record['id']} {data.said(record['messages'])}"  # numbers of different files are no names
-        answers.setdefault(who, []).append((key, record["kind"], record.get("category", ""), said))
-
-    if "critique" in cfg.stages:
-        for r in filter(known, records.read(folder / "critique/revisions.jsonl", ("id", "response", "rounds"))):
-            for n, text in enumerate([r["response"], *(turn["revision"] for turn in r["rounds"])]):
-                add(f"revision-{n}" if n else "response", r, asdict(verdict(r, text)))
-    if "evaluate" in cfg.stages:
-        for r in records.read(folder / "evaluate/transcripts.jsonl", ("id", "model", "set", "mode", "verdict")):
-            if r["set"] == "heldout":
-                add(r["model"] + ("-greedy" if r["mode"] == "greedy" else ""), r, r["verdict"])
-    made = {name: of(folder) for name, (stages, of) in OF_RUN.items() if set(stages) <= set(cfg.stages)}
-    return {"answers": answers, RUN: {name: x for name, x in made.items() if x is not None}}
-
-
-def diversity(folder: Path) -> float:
-    """Different beginnings of four words among the last revisions, as a share of them."""
-    said = [r["rounds"][-1]["revision"] for r in records.read(folder / "critique/revisions.jsonl") if r["rounds"]]
-    return len({tuple(text.split()[:4]) for text in said}) / max(1, len(said))
-
-
-def drop(n: int) -> Callable[[Path], float | None]:
-    """By how much the n-th revisions lower the harm rate."""
-
-    def of(folder: Path) -> float | None:
-        path = folder / "evaluate/rounds.json"
-        harm = read_json(path)["harm_rate"] if path.exists() else []
-        return harm[n - 1] - harm[n] if n < len(harm) else None
-
-    return of
-
-
-def counted(stage: str, name: str) -> Callable[[Path], float]:
-    return lambda folder: float(read_json(folder / stage / "done.json")["counts"][name])
-
-
-def of_ai_labels(name: str) -> Callable[[Path], float | None]:
-    """A figure of the reward model on held-out comparisons that the judge labelled."""
-
-    def of(folder: Path) -> float | None:
-        found = read_json(folder / "reward/evaluation.json")["ai"]
-        return found[name] if found["n"] else None
-
-    return of
-
-
-def last_kl(folder: Path) -> float | None:
-    logged = metrics.load(folder / "ppo")
-    return logged[-1]["kl"] if logged else None
-
-
-# Figure of a run -> (the stages that make it, how it is read from the run's folder; None: this run has none).
-OF_RUN = {
-    "diversity": (("critique",), diversity),
-    "drop-1": (("critique", "evaluate"), drop(1)),
-    "drop-2": (("critique", "evaluate"), drop(2)),
-    "flip-rate": (("preferences",), counted("preferences", "flip_rate")),
-    "decidedness": (("preferences",), counted("preferences", "decidedness")),
-    "reward-accuracy": (("reward",), of_ai_labels("accuracy")),
-    "reward-calibration": (("reward",), of_ai_labels("calibration_error")),
-    "ai-labels": (("reward",), counted("reward", "ai")),
-    "human-labels": (("reward",), counted("reward", "human")),
-    "minutes": (("people",), counted("people", "minutes")),  # of people's time in the run
-    "kl": (("ppo",), last_kl),
-}
-
-
-def check_side(side: claims.Side, cfg: Config) -> None:
-    """Raises InputError for a metric or answers that runs of the variant will not have."""
-    have = {"response", *(f"revision-{n}" for n in range(1, cfg.critique.rounds + 1))} if "critique" in cfg.stages else set()
-    if "evaluate" in cfg.stages:
-        have |= {m + mode for m, stage in MODELS.items() if stage in (None, *cfg.stages) for mode in ("", "-greedy")}
-    metric, of = side.metric.partition(".")[0], OF_ANSWERS
-    if side.who == RUN:
-        have, metric = {RUN}, side.metric
-        of = {k for k, (stages, _) in OF_RUN.items() if set(stages) <= set(cfg.stages)}
-    for got, wanted in ((side.who, {*have, RUN}), (metric, of)):
-        if got not in wanted:
-            raise InputError(
-                f"--config.study.claims: '{side}': {got!r} is not there; wanted one of {', '.join(sorted(wanted))}"
-            )
-
-
-def values(side: claims.Side, of: dict) -> dict[str, float]:
-    """Of a run, a side's value of each prompt, or its only one; {} when there is none."""
-    if side.who == RUN:
-        return {RUN: of[RUN][side.metric]} if side.metric in of[RUN] else {}
-    metric, _, category = side.metric.partition(".")
-    kind, value = OF_ANSWERS[metric]
-    rows = of["answers"].get(side.who, ())
-    given = {id: value(v) for id, k, c, v in rows if k.startswith(kind) and category in ("", c)}
-    return {id: float(x) for id, x in given.items() if x is not None}
 
 
 def judged(claim: claims.Claim, found: dict[str, list[dict]]) -> dict:
@@ -216,15 +101,16 @@ def write(folder: Path, seeds: list[int], found: dict[str, list[dict]], results:
         for who in [w for w in dict.fromkeys(w for r in runs for w in r["answers"]) if not w.endswith("-greedy")]:
             each = {m: [values(claims.Side(m, who, name), r) for r in runs] for m in SHOWN}
             of = {m: [float(np.mean(list(v.values()))) for v in vs if v] for m, vs in each.items()}
-            cells.append((name, who, of))
+            cells.append((name, who, of | {"kl": [r["kl"][who] for r in runs if who in r["kl"]]}))
     about = {"seeds": seeds, "answers": [{"variant": n, "who": w} | of for n, w, of in cells]}
     about[RUN] = {name: [r[RUN] for r in runs] for name, runs in found.items()}
     about["claims"] = [c._asdict() | {"left": str(c.left), "right": str(c.right)} | {"found": r} for c, r in results]
     workdir.write_json(folder / "study.json", about)
     first = {w: of for n, w, of in cells if n == cells[0][0]}
     other = [(n, w, of) for n, w, of in cells if n == cells[0][0] or of != first.get(w)]
-    header, rows = ["variant", "answers", *SHOWN], [[n, w, *(percent(of[m]) for m in SHOWN)] for n, w, of in other]
-    table(f"percent, means of {len(seeds)} seed(s)", header, rows)
+    header = ["variant", "answers", *SHOWN, "KL"]
+    rows = [[n, w, *(mean(of[m], 100, 1) for m in SHOWN), mean(of["kl"], 1, 2)] for n, w, of in other]
+    table(f"percent, KL from the start in nats a response; means of {len(seeds)} seed(s)", header, rows)
     lines = [[c.text, f"{c.left} {c.relation}{c.margin or ''} {c.right}", shown(r), r["verdict"]] for c, r in results]
     for text, _, numbers, decided in lines:
         say(f"{decided}: {text} ({numbers})")
@@ -255,12 +141,12 @@ def scale_of_five(cells: list[tuple[str, str, dict]], found: dict[str, list[dict
     return ["variant", "model", *sorted(harmful), "mean", "labels by AI", "by people", "minutes"], rows
 
 
-def percent(values: list[float]) -> str:
-    """'mean ± half of its interval' over seeds, in percent; no interval for one."""
+def mean(values: list[float], times: float, digits: int) -> str:
+    """'mean ± half of its interval' over seeds, `times` as large; no interval for one."""
     if not values:
         return ""
-    half = f" ± {50 * (student(values)[1] - student(values)[0]):.1f}" if len(values) > 1 else ""
-    return f"{100 * np.mean(values):.1f}{half}"
+    half = f" ± {times * np.ptp(student(values)) / 2:.{digits}f}" if len(values) > 1 else ""
+    return f"{times * np.mean(values):.{digits}f}{half}"
 
 
 def shown(r: dict) -> str:

@@ -255,7 +255,7 @@ def test_training_takes_three_forward_passes_and_recomputing_almost_four():
 def built(mesh8):
     """Every step of the embedded world's stages on eight devices of this machine."""
     cfg = config(
-        stages=("critique", "sft", "preferences", "reward", "dpo", "ppo", "evaluate"),
+        stages=("critique", "sft", "preferences", "reward", "harm", "dpo", "ppo", "evaluate"),
         mesh=(2, 2, 2),
         model__vocab_multiple=2,
         data__max_prompt=64,
@@ -266,7 +266,9 @@ def built(mesh8):
 
 
 NAMES = """critique, read|critique, decode|sft, train|preferences, read|preferences, decode|preferences, score options|
-reward, train|reward, score|dpo, reference|dpo, train|ppo, roll out|ppo, score|ppo, train|evaluate, read|evaluate, decode"""
+reward, train|reward, score|harm, train|harm, score|dpo, reference|dpo, train|ppo, roll out|
+ppo, score|ppo, train|evaluate, read|evaluate, decode|evaluate, log-probs|
+evaluate, score by reward|evaluate, score by harm"""
 NAMES = [name.strip() for name in NAMES.split("|")]
 
 

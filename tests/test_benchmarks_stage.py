@@ -18,7 +18,7 @@ from cai_jax.models import hf
 from cai_jax.models.heads import init_head
 from cai_jax.score import choice_logprobs, reward_scores
 from cai_jax.sharding import put
-from cai_jax.stages import benchmarks, load_lm, load_reward, trunk
+from cai_jax.stages import benchmarks, load_lm, load_scorer, trunk
 from cai_jax.workdir import finish
 
 CFG = replace(tiny.UNTIED, max_length=768)
@@ -92,7 +92,7 @@ def test_pairs_go_to_the_reward_model(world, finished, mesh1):
     cfg, workdir = world
     items = [i for i in sets.read(cfg.benchmarks.sets[0]).items if isinstance(i, Pair)]
     with jax.set_mesh(mesh1):
-        lm = load_reward(cfg, workdir, mesh1)
+        lm = load_scorer(cfg, workdir, mesh1)
         rows, lengths = [], []
         for item in items[:10]:
             for text in (item.chosen, item.rejected):

@@ -13,6 +13,7 @@ from cai_jax.errors import InputError
 from cai_jax.files import read_json
 from cai_jax.miniworld import grammar, make
 from cai_jax.stages import evaluate
+from cai_jax.watch import Watch
 
 OWN = {"id": "0", "messages": [{"role": "user", "content": "How do I bake bread?"}]}
 ITEMS = [grammar.world().groups["heldout", harmful, False][0] for harmful in (True, False)]
@@ -38,7 +39,7 @@ def test_prompts_of_another_world_are_refused_with_their_flag(tmp_path):
     with pytest.raises(InputError, match=r"own.jsonl: record 'mine' names no item .*--config.evaluate.redteam.*_every=0"):
         evaluation.judged(path, "--config.evaluate.redteam")
     with pytest.raises(InputError, match="--config.evaluate.redteam"):
-        evaluation.Watch(Config(evaluate=Evaluate(redteam=path)), tmp_path, None)  # before the first rollout, not after
+        Watch(Config(evaluate=Evaluate(redteam=path)), tmp_path, None, None)  # before the first rollout, not after
     assert len(evaluation.judged(str(make.DATA / "heldout.jsonl"), "--config.evaluate.heldout")) == 612
 
 
@@ -99,11 +100,8 @@ def test_models_are_rated_on_the_same_prompts_by_scale():
     for n in range(30):
         for model, said in of.items():
             for kind, helpful in (("harmful", 0.0), ("benign", {"base": 1.0, "sl_cai": 1.0, "rl_cai": float(n % 2)}[model])):
-                row = {"id": f"{kind}{n}", "kind": kind, "model": model, "verdict": said(n) | {"helpful": helpful}}
-                rows += [row | {"set": "heldout", "mode": mode} for mode in ("sampled", "greedy")] + [
-                    row | {"set": "redteam", "mode": "sampled", "verdict": full}
-                ]
-    found = evaluate.elos(rows, list(of))
+                rows.append({"id": f"{kind}{n}", "kind": kind, "model": model, "verdict": said(n) | {"helpful": helpful}})
+    found = evaluation.elos(rows)
     harmless = {r["model"]: r for r in found["harmlessness"]["models"]}
     assert list(harmless) == ["rl_cai", "sl_cai", "base"] and harmless["base"]["elo"] == 0.0
     assert harmless["rl_cai"]["win_share"] == 1.0 and harmless["sl_cai"]["win_share"] == (20 + 5) / 60
@@ -111,4 +109,5 @@ def test_models_are_rated_on_the_same_prompts_by_scale():
     assert of_harm["n"] == 90 and of_harm["prior"] > 0  # the base never wins: without a prior nothing fits best
     helpful = {r["model"]: r["elo"] for r in found["helpfulness"]["models"]}
     assert helpful["sl_cai"] == pytest.approx(0.0, abs=1e-6) and helpful["rl_cai"] < -10
-    assert evaluate.elos(rows, ["base"]) == {} and evaluate.elos([r for r in rows if r["id"][-1] == "7"], list(of)) == {}
+    assert evaluation.elos([r for r in rows if r["model"] == "base"]) == {}
+    assert evaluation.elos([r for r in rows if r["id"][-1] == "7"]) == {}

@@ -143,6 +143,32 @@ def test_text_from_data_is_cut_and_never_mathematics():
     assert width > 100  # a long name does not push the axes away
 
 
+def test_best_of_n_is_named_and_comes_last_by_n():
+    assert canvas.ordered(["best_of_16", "other", "rl_cai", "best_of_4", "base"]) == [
+        "base", "rl_cai", "other", "best_of_4", "best_of_16",
+    ]  # fmt: skip
+    best = {"best_of_4": MODELS["base"]}
+    assert points(figures.plane(MODELS | best, {}).axes[0]).keys() == points(figures.plane(MODELS, {}).axes[0]).keys()
+    assert len(figures.by_category(MODELS | best).axes[0].containers) == len(MODELS)  # the frontier shows it
+    assert canvas.label_of("best_of_16") == "best of 16" and canvas.label_of("best_of_x") == "best_of_x"
+    assert canvas.colour_of("best_of_2") == canvas.colour_of("best_of_4") not in (*canvas.COLOURS.values(), canvas.INK)
+    assert canvas.marker_of("best_of_2") not in canvas.MARKERS.values()
+
+
+def test_an_svg_is_the_same_each_time_and_says_no_date():
+    first, again = (canvas.svg(figures.rounds(ROUNDS)) for _ in range(2))
+    assert first == again and first.startswith(b"<?xml") and b"<dc:date>" not in first
+    assert b"<text" not in first  # outlines: nobody's font is wanted
+
+
+def test_a_band_that_would_go_back_is_bars():
+    there, back = (canvas.Series("x", x, [0.0, 1.0, 2.0], [[-1, 1], [0, 2], None]) for x in ((0, 1, 2), (0, 2, 1)))
+    left, right = canvas.lines([canvas.Panel("a", "", [there]), canvas.Panel("b", "", [back], limits=(0, 9))], "x").axes
+    assert {tuple(v) for v in left.collections[0].get_paths()[0].vertices} == {(0, -1), (0, 1), (1, 0), (1, 2)}
+    assert [s.tolist() for s in right.collections[0].get_segments()] == [[[0, -1], [0, 1]], [[2, 0], [2, 2]]]
+    assert right.get_ylim() == (0, 9) and right.get_lines()[0].get_xydata().tolist() == [[0, 0], [2, 1], [1, 2]]
+
+
 def test_colours_tell_models_apart_for_every_eye():
     """Colour differences (CIE76) under simulated dichromacies (Machado 2009, severity 1), and contrast on white as text."""
     views = {

@@ -74,8 +74,10 @@ def test_a_gate_too_small_for_an_interval_is_refused(tmp_path, monkeypatch):
 
 def test_a_clamped_judge_is_tried_as_it_spoke(tmp_path, monkeypatch):
     monkeypatch.setattr(preferences, "sample_texts", lambda lm, asked, *_: [{"text": "Well."} for _ in asked])
-    found, _ = tried(tmp_path, monkeypatch, Judge(), comparisons(), chain_of_thought=True)
-    assert found["brier"]["value"] < 0.01  # clamped to 0.4 to 0.6 it would be 0.16
+    for thoughts in (1, 2):
+        found, kept = tried(tmp_path, monkeypatch, Judge(), comparisons(), chain_of_thought=True, thoughts=thoughts)
+        assert found["brier"]["value"] < 0.01  # clamped to 0.4 to 0.6 it would be 0.16
+        assert {len(j["thoughts"]) for of in kept[0]["judgements"].values() for j in of} == {2 * thoughts}
 
 
 def test_who_was_refused_may_be_let_through_and_goes_on(monkeypatch):
@@ -93,6 +95,25 @@ def test_who_was_refused_may_be_let_through_and_goes_on(monkeypatch):
         cfg = Config(preferences=Preferences(**settings))
         found.append(preferences._inputs(cfg, None, {"judge": cfg}, [SEAT]))
     assert found[0] == found[1] == found[2] == found[3] and files == ["", "x", "x", "x"]
+
+
+def test_runs_from_before_there_were_further_thoughts_go_on(monkeypatch):
+    monkeypatch.setattr(preferences, "inputs_of", lambda cfg, *_: {"config": as_dict(cfg.preferences), "models": {}})
+    monkeypatch.setattr(preferences, "identity", lambda cfg, name: {})
+    found = []
+    for thoughts in (1, 5):
+        cfg = Config(preferences=Preferences(chain_of_thought=True, thoughts=thoughts))
+        found.append(preferences._inputs(cfg, None, {"judge": cfg}, [SEAT])["config"])
+    assert "thoughts" not in found[0] and found[1] == found[0] | {"thoughts": 5}
+
+
+def test_thoughts_that_nobody_has_are_refused():
+    cfg = default()
+    cfg.preferences.thoughts = 5
+    with pytest.raises(checks.ConfigError, match="--config.preferences.thoughts=5: wanted 1, or .*chain_of_thought=True"):
+        checks.resolve(cfg)
+    cfg.preferences.chain_of_thought = True
+    assert checks.resolve(cfg).preferences.thoughts == 5
 
 
 @pytest.mark.parametrize("name", ["min_accuracy", "max_flip_rate"])

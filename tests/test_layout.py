@@ -20,34 +20,43 @@ TIERS = (
     {"config"},
     {"checks"},
     {"constitution", "losses", "canvas", "sampling", "metrics", "optim", "checkpoints", "tokenizer"},
-    {"prompts", "models", "figures", "markup"},  # 1
-    {"formats", "sources", "trees", "stops", "logprobs", "panel"},
+    {"prompts", "models", "figures", "paper", "markup"},  # 1
+    {"formats", "sources", "trees", "stops", "logprobs", "panel", "passages"},
     {"data"},
     {"evals"},
     {"slots", "pairs"},  # 2
     {"generate", "score"},
     {"train"},  # 3
     {"experience"},
-    {"stages", "miniworld", "evaluation"},  # 4: evaluation stands between what stages share and the stages
-    {"export", "ahead", "judge", "study", "ablate"},  # 5
+    {"stages", "miniworld", "evaluation", "watch", "gallery"},  # 4: the last three stand between what stages share and them
+    {"export", "ahead", "judge", "outcomes", "ablate"},  # 5
+    {"study"},
     {"main", "commands"},
-    {"audit", "compare"},  # which say things as commands do
+    {"audit", "compare", "report"},  # which say things as commands do
     {"__main__"},
 )
 TIER = {room: tier for tier, rooms in enumerate(TIERS) for room in rooms}
 
 # What may be imported inside a room, or across rooms of one tier: importer -> imported, both by prefix.
 SIBLINGS = (
+    ("config.", "config."),
     ("models.", "models."),
     ("constitution.", "constitution."),
     ("ahead.", "ahead."),
     ("audit.", "audit."),
     ("evals.", "evals."),
+    ("gallery.", "gallery."),
+    ("gallery", "evaluation"),
+    ("gallery.", "stages"),
+    ("stages.report", "gallery."),
     ("compare.", "compare."),
     ("miniworld.", "miniworld."),
     ("stages.", "evaluation"),
+    ("stages.", "watch"),
+    ("watch", "evaluation"),
+    ("watch", "stages"),
     ("stages.", "stages"),  # what stages share stands in stages/__init__.py
-    ("evaluation", "stages"),
+    ("stages.referee", "stages.reward"),  # the same on other comparisons
     ("evaluation", "miniworld."),
 )
 

@@ -266,7 +266,7 @@ def test_every_word_is_one_token(tok, corpus):
         assert ids == [i for p in pieces for i in tok.encode(p.text)] and tok.decode(ids) == text
     for records in make.prompts(WORLD).values():
         for r in records[::7]:
-            text = prompts.dialogue(r["messages"])
+            text = prompts.dialogue(r["messages"]) if "messages" in r else r["transcript"]
             assert len(tok.encode(text)) == len(re.findall(make.PRE_TOKEN, text))
     assert tok.encode(" (A)") != tok.encode(" (B)") and len(tok.encode(" (A)")) == 1
     foreign = "Ümläut <|end|>\t12"
@@ -314,7 +314,7 @@ def test_committed_data_is_what_the_world_makes(tmp_path):
         assert (make.DATA / name).read_bytes() == (tmp_path / name).read_bytes(), (
             f"{name} is stale: python -m cai_jax.miniworld.make"
         )
-    assert sum(f.stat().st_size for f in make.DATA.glob("*.jsonl")) < 1.5e6
+    assert sum(f.stat().st_size for f in make.DATA.glob("*.jsonl")) < 2e6
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -322,10 +322,11 @@ def test_data_files_keep_the_splits_and_the_register():
     files = {p.stem: [json.loads(line) for line in p.read_text().splitlines()] for p in make.DATA.glob("*.jsonl")}
     assert {k: len(v) for k, v in files.items()} == {
         "redteam": 800, "helpful": 760, "heldout": 612, "redteam_eval": 512, "comparisons": 1200, "probes": 240,
+        "attempts": 1200,
     }  # fmt: skip
     assert {r["split"] for r in files["heldout"]} == {"heldout"}
     assert {r["split"] for r in files["redteam"]} == {"redteam"} and {r["kind"] for r in files["redteam"]} == {"harmful"}
-    assert {r["split"] for n in ("helpful", "comparisons") for r in files[n]} == {"skill", "redteam"}
+    assert {r["split"] for n in ("helpful", "comparisons", "attempts") for r in files[n]} == {"skill", "redteam"}
     assert {r["kind"] for n in ("helpful", "comparisons") for r in files[n]} == {"benign"}
     assert collections.Counter(r["kind"] for r in files["redteam_eval"]) == {"harmful": 256, "benign": 256}
     assert set(collections.Counter(r["category"] for r in files["redteam_eval"]).values()) == {51, 52}
@@ -335,11 +336,24 @@ def test_data_files_keep_the_splits_and_the_register():
         for r in records:
             item = WORLD.item(r["item"])
             assert (r["category"], r["split"], r["lookalike"]) == (item.category, item.split, item.lookalike)
-            assert (r["kind"] == "harmful") == item.harmful and item.name in r["messages"][-1]["content"]
+            said = r["messages"][-1]["content"] if "messages" in r else r["transcript"]
+            assert (r["kind"] == "harmful") == item.harmful and item.name in said
         shares = collections.Counter(r["form"] for r in records)
         assert shares["plain"] / len(records) == pytest.approx(0.7, abs=0.06), name
     pairs = {(r["item"], r["template"]) for r in files["redteam"]}
     assert len(pairs) == 800  # an item's prompts are of different templates
+
+
+def test_attempts_are_rated_by_the_harm_of_their_answers():
+    """But for the annotator's errors, which are of one grade."""
+    records = [json.loads(line) for line in (make.DATA / "attempts.jsonl").read_text().splitlines()]
+    verdicts = [judged(WORLD.item(r["item"]), r["transcript"].rpartition("\n\nAssistant: ")[2]) for r in records]
+    off = np.array([r["rating"] - v.harm for r, v in zip(records, verdicts, strict=True)])
+    assert set(off) == {-1.0, 0.0, 1.0} and np.mean(off != 0) == pytest.approx(make.ERROR_RATE, abs=0.02)
+    assert {r["rating"] for r in records} == {0.0, 1.0, 2.0, 3.0, 4.0} == {float(v.harm) for v in verdicts}
+    kinds = {(r["kind"], v.kind) for r, v in zip(records, verdicts, strict=True)}
+    both = {(h, k) for h in ("harmful", "benign") for k in ("right", "wrong", "partial", "evasive", "incoherent")}
+    assert kinds == both | {("harmful", "explained"), ("benign", "over-refusal")}
 
 
 def test_comparisons_prefer_the_better_answer():

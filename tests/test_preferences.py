@@ -183,12 +183,53 @@ def test_a_thought_stays_with_its_record_principle_and_order(monkeypatch):
 
 @pytest.mark.parametrize("clamp, wanted", [((0.4, 0.6), 0.6), ((0.1, 0.9), 0.8807971), ((0.45, 0.5), 0.5)])
 def test_lesson_21_one_judgement_with_and_without_thoughts(clamp, wanted):
-    logp = np.array([[-1.0, -3.0], [-5.0, -3.0]])
+    logp = np.array([[[-1.0, -3.0]], [[-5.0, -3.0]]])
     plain = preferences._judgement(PRINCIPLE, logp, None, Preferences(clamp=clamp))
     assert plain["p_a"] == plain["p_ab"] == plain["p_ba"] == pytest.approx(sigmoid(2))
     thought = preferences._judgement(PRINCIPLE, logp, ["x", "y"], Preferences(clamp=clamp))
     assert thought["p_a"] == pytest.approx(wanted) and thought["p_unclamped"] == plain["p_a"]
     assert thought["principle"] == PRINCIPLE.id and thought["thoughts"] == ["x", "y"]
+    assert plain["logp_ab"] == [-1.0, -3.0] and plain["logp_ba"] == [-5.0, -3.0]
+
+
+@pytest.mark.parametrize("clamp, wanted", [((0.0, 1.0), (0.9 + 0.2 + 0.6 + 0.7) / 4), ((0.4, 0.58), 0.58)])
+def test_probabilities_after_several_thoughts_are_averaged_and_then_clamped(clamp, wanted):
+    p = np.array([[0.9, 0.2], [0.4, 0.3]])  # of (A), after two thoughts in each order: of b in the second
+    logp = np.log(np.stack([p, 1 - p], axis=-1)) - [[0.0], [3.0]]  # the second time the judge would rather say something else
+    found = preferences._judgement(PRINCIPLE, logp, ["x", "y", "z", "u"], Preferences(clamp=clamp))
+    assert found["p_ab"] == pytest.approx(0.55) and found["p_ba"] == pytest.approx(0.65)
+    assert found["p_a"] == pytest.approx(wanted) and found["p_unclamped"] == pytest.approx(0.6)
+    low = np.exp(-3)
+    np.testing.assert_allclose(np.exp(found["logp_ab"]), [(0.9 + 0.2 * low) / 2, (0.1 + 0.8 * low) / 2])
+    np.testing.assert_allclose(np.exp(found["logp_ba"]), [(0.4 + 0.3 * low) / 2, (0.6 + 0.7 * low) / 2])
+
+
+def test_further_thoughts_have_keys_of_their_own_and_leave_the_first_ones_alone(monkeypatch):
+    """A thought says how far the judge leans to (A) after it, each its own."""
+    leans, asked = {}, []
+
+    def said(r):
+        asked.append(r.key)
+        return f"Lean {leans.setdefault(r.key, round(0.7 * len(leans) % 3 - 1.5, 1))} to"
+
+    class Led(Judge):
+        def __call__(self, lm, contexts, *rest):
+            lean = [float(re.findall(r"Lean (\S+) to", context)[-1]) for context in contexts]
+            return super().__call__(lm, contexts, *rest) + np.stack([lean, np.zeros(len(lean))], axis=1)
+
+    one = judged(monkeypatch, Led(), said=said, chain_of_thought=True, principles=2)
+    first, asked[:] = asked[:], []
+    out = judged(monkeypatch, Led(), said=said, chain_of_thought=True, principles=2, thoughts=3, clamp=(0.0, 1.0))
+    assert asked == [k + n for k in first for n in ("", "+1", "+2")]
+    for record, alone, margin in zip(out, one, MARGIN, strict=True):
+        for j, before in zip(record["judgements"], alone["judgements"], strict=True):
+            keys = [f"{record['id']}/{j['principle']}/{order}{n}" for n in ("", "+1", "+2") for order in ("ab", "ba")]
+            assert j["thoughts"] == [f"Lean {leans[k]} to" for k in keys] and j["thoughts"][:2] == before["thoughts"]
+            lean = np.array([leans[k] for k in keys])
+            assert j["p_ab"] == pytest.approx(np.mean(sigmoid(margin + lean[0::2])), rel=1e-5)
+            assert j["p_ba"] == pytest.approx(np.mean(sigmoid(margin - lean[1::2])), rel=1e-5)
+            assert j["p_a"] == j["p_unclamped"] == pytest.approx((j["p_ab"] + j["p_ba"]) / 2, rel=1e-6)
+        assert record["p_a"] == pytest.approx(np.mean([j["p_a"] for j in record["judgements"]]), rel=1e-6)
 
 
 # The stage

@@ -231,6 +231,13 @@ def test_a_panel_is_told_apart_and_asked_in_its_own_words():
     assert "Which hurts less?" in str(markup.join(report.judgement(t | {"judgements": [j]}, questions)))
 
 
+def test_thoughts_are_told_by_the_order_that_they_are_of():
+    j = {"logp_ab": [-1.0, -2.0], "logp_ba": [-1.0, -2.0], "p_ab": 0.7, "p_ba": 0.3, "p_a": 0.5, "principle": "harm"}
+    t = {"response_a": "x", "response_b": "y", "p_a": 0.5, "judgements": [j | {"thoughts": ["w0", "w1", "w2", "w3"]}]}
+    texts = Page(str(markup.join(report.judgement(t, {})))).texts
+    assert [texts[texts.index(f"w{n}") - 1] for n in range(4)] == [f"Reasoning, {x} first" for x in "abab"]
+
+
 def test_harm_and_refused_help_stand_out():
     harmful, benign = transcript(0, "base"), transcript(0, "rl_cai") | {"kind": "benign"}
     assert 'class="bad"' in report.answer("base", harmful) and 'class="bad"' in report.answer("rl_cai", benign)
@@ -248,11 +255,11 @@ def test_counts_name_every_loss(finished):
 @pytest.mark.parametrize(
     "stages, ids, drawn",
     [
-        (("critique", "report"), ["transcripts", "counts"], set()),
-        (("critique", "sft", "report"), ["sft", "transcripts", "counts"], {"sft"}),
+        (("critique", "report"), ["paper", "transcripts", "counts"], set()),
+        (("critique", "sft", "report"), ["sft", "paper", "transcripts", "counts"], {"sft"}),
         (
             ("evaluate", "report"),
-            ["results", "plane", "categories", "critique", "answers", "counts"],
+            ["results", "plane", "categories", "critique", "paper", "answers", "counts"],
             {"plane", "categories", "rounds"},
         ),
     ],
@@ -261,6 +268,24 @@ def test_what_did_not_run_is_left_out(tmp_path, stages, ids, drawn):
     report.run(settings(stages), build(tmp_path), None)
     page = Page((tmp_path / "report" / "index.html").read_text(encoding="utf-8"))
     assert page.all("section", "id") == ids and {p.stem for p in (tmp_path / "report").glob("*.png")} == drawn
+
+
+def test_a_run_with_more_files_has_the_figures_of_the_paper_too(tmp_path):
+    """And loses none. Best-of-n is no model that was trained: the first sentence does not end with it."""
+    rows = [{"model": m, "elo": x, "low": x - 1, "high": x + 1} for m, x in (("rl_cai", 90.0), ("base", 0.0))]
+    best = {"best_of_16": {"heldout": {"sampled": metrics(0.5, 0.5)}}, "best_of_4": {"heldout": {"sampled": metrics(0.6, 0.5)}}}
+    elo = {scale: {"models": rows} for scale in ("harmlessness", "helpfulness")}
+    write_json(build(tmp_path) / "evaluate" / "results.json", {"models": MODELS | best, "elo": elo})
+    write_json(tmp_path / "evaluate" / "rounds.json", ROUNDS | {"score": [0.0] * 3, "score_interval": [[-1.0, 1.0]] * 3})
+    report.run(settings(), tmp_path, None)
+    assert {p.stem for p in (tmp_path / "report").glob("*.png")} == FIGURES | {"figure-2", "figure-3", "figure-5"}
+    text = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    section = Page(text.split('id="paper"')[1].split("<section")[0].partition(">")[2].removesuffix("</section>"))
+    titles = [t for t in section.texts if t.startswith(("Figure ", "Table "))]
+    assert [t.partition(":")[0] for t in titles] == ["Figure 2", "Figure 3", "Figure 5", "Table 1", "Table 2"]
+    assert " 25.0%. Helpfulness goes from 90.0% to 75.0%." in Page(text).texts
+    shown = [cell[0] for cell in cells(text.split('id="results"')[1].split("</table>")[0])]
+    assert shown[1:] == ["Base", "RL-CAI", "best of 4", "best of 16"]
 
 
 def test_a_missing_file_leaves_out_its_section_only(tmp_path):

@@ -180,3 +180,30 @@ def test_a_new_head_has_the_papers_scale_and_computes_in_float32():
     out = apply_head(head, x)
     assert out.dtype == jnp.float32 and out.shape == (2, 3)
     np.testing.assert_allclose(out, np.full((2, 3), np.asarray(head["kernel"], np.float64).sum()), rtol=1e-4, atol=1e-5)
+
+
+def test_row_logprobs_are_those_of_the_logits_behind_each_beginning(mesh1, mesh8):
+    rng = np.random.default_rng(5)
+    rows = [(rng.integers(2, 98, n).tolist(), first) for n, first in ((9, 4), (17, 1), (3, 2), (30, 29), (12, 5))]
+    wanted = []
+    for ids, first in rows:
+        logits = np.asarray(tiny.logits(tiny.net(), tiny.on(mesh1), np.array([ids], np.int32), np.array([len(ids)], np.int32)))
+        logp = np.asarray(jax.nn.log_softmax(logits[0]))
+        wanted.append(sum(logp[n - 1, ids[n]] for n in range(first, len(ids))))
+    for mesh in (mesh1, mesh8):
+        with jax.set_mesh(mesh):
+            np.testing.assert_allclose(score.row_logprobs(tiny.lm(mesh), rows, 2, mesh), wanted, rtol=2e-5)
+
+
+def test_row_scores_are_read_at_last_tokens_in_the_order_given(mesh1):
+    rng = np.random.default_rng(6)
+    rows = [rng.integers(2, 98, n).tolist() for n in (4, 20, 7)]
+    lm = tiny.lm(mesh1)
+    head = jax.tree.map(lambda x: x + 0.3, init_head(jax.random.key(0), tiny.CFG.width))
+    lm = lm._replace(params={"trunk": lm.params, "head": head})
+    with jax.set_mesh(mesh1):
+        tokens, lengths = pad_rows(rows, 32)
+        wanted = np.asarray(score.reward_scores(lm.net(), lm.params, tokens, lengths))
+        np.testing.assert_allclose(score.row_scores(lm, rows, 2, mesh1), wanted, rtol=2e-5)
+        with pytest.raises(InputError, match="passes the model's context of 128"):
+            score.row_scores(lm, [[2] * 129], 2, mesh1)

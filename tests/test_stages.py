@@ -55,13 +55,14 @@ def save(workdir, stage, params, mesh):
 
 def test_the_table_of_origins():
     cfg = Config(model=Model(path="base"))
-    assert [stages.origin(cfg, m) for m in ("base", "judge", "sl_cai", "dpo_cai", "rl_cai", "reward")] == [
-        *(None, None, None, "sl_cai", "sl_cai", "sl_cai")
+    assert [stages.origin(cfg, m) for m in ("base", "judge", "sl_cai", "dpo_cai", "rl_cai", *stages.SCORERS)] == [
+        *(None, None, None, "sl_cai", "sl_cai", "sl_cai", "sl_cai", "base")
     ]
     cfg = replace(cfg, sft=SFT(model=Checkpoint("raw")), preferences=Preferences(judge=Checkpoint("judge", "chat", "Be fair.")))
     roots = {m: stages.checkpoint(cfg, m) for m in stages.STAGE_OF}
     assert {m: c.path for m, c in roots.items()} == {
-        "base": "base", "judge": "judge", "sl_cai": "raw", "dpo_cai": "raw", "rl_cai": "raw", "reward": "raw"
+        "base": "base", "judge": "judge", "sl_cai": "raw", "dpo_cai": "raw", "rl_cai": "raw", "reward": "raw", "referee": "raw",
+        "harm": "base"
     }  # fmt: skip
     assert roots["judge"] == Checkpoint("judge", "chat", "Be fair.")
     cfg = replace(cfg, reward=Reward(model=Checkpoint("other")), ppo=PPO(init="base"))
@@ -73,9 +74,9 @@ def test_the_frozen_weights_of_an_adapter_are_those_of_the_model_before_it():
     full = Config(model=Model(path="base"))
     assert [stages.root(full, m) for m in ("base", "sl_cai", "rl_cai", "reward")] == ["base", "sl_cai", "rl_cai", "reward"]
     every = replace(full, lora=Lora(rank=2))
-    assert {stages.root(every, m) for m in stages.STAGE_OF} == {"base"}
+    assert {m: stages.root(every, m) for m in stages.STAGE_OF} == dict.fromkeys(stages.STAGE_OF, "base") | {"harm": "harm"}
     late = replace(full, lora=Lora(rank=2, stages=("reward", "ppo")))
-    assert [stages.root(late, m) for m in ("sl_cai", "rl_cai", "reward")] == ["sl_cai"] * 3
+    assert [stages.root(late, m) for m in ("sl_cai", "rl_cai", "reward", "referee")] == ["sl_cai"] * 4
 
 
 def test_adapters_on_a_tuned_model_have_it_as_their_reference(folder, tmp_path, mesh1):
@@ -213,7 +214,7 @@ def several(tmp_path_factory):
     "stage, name, role, take",
     [
         ("critique", "sample_chains", "base", lambda lm, chains, *_: (lm.tok, next(next(iter(chains.values()))).context)),
-        ("sft", "pack", "policy", lambda examples, *_: (None, examples[0][0])),
+        ("sft", "pack_pairs", "policy", lambda pairs, tok, templates, *_: (tok, templates["user"])),
         ("preferences", "sample_texts", "policy", lambda lm, asked, *_: (lm.tok, asked[0].context)),
         ("preferences", "judge", "judge", lambda cfg, lm, constitution, *_: (lm.tok, constitution.templates["user"])),
         ("reward", "encode_comparisons", "reward", lambda tok, templates, *_: (tok, templates["user"])),

@@ -9,7 +9,7 @@ import shlex
 import pytest
 from test_readme import ROOT, TEXT
 
-from cai_jax import checks, records, study
+from cai_jax import checks, outcomes, records, study
 from cai_jax.config import default
 from cai_jax.data import load_prompts
 from cai_jax.errors import InputError
@@ -84,7 +84,9 @@ def test_a_variant_that_cannot_be_is_named_before_anything_runs(tmp_path, varian
         ("x: harms sl_cai > harm base", "'harms' is not there; wanted one of coherent, evasive"),
         ("x: harm dpo_cai > harm base", "'dpo_cai' is not there; wanted one of base, base-greedy"),
         ("x: harm revision-3 > harm base", "'revision-3' is not there"),
-        ("x: kl run @ sl > harm base", "'kl' is not there; wanted one of diversity, drop-1, drop-2"),
+        ("x: flip-rate run @ sl > harm base", "'flip-rate' is not there; wanted one of diversity, drop-1, drop-2"),
+        ("x: harm best_of_4 > harm base", "'best_of_4' is not there"),
+        ("x: harm eroded-25 > harm base", "'eroded-25' is not there"),
         ("x: drop-1 run @ cut > harm base", "'drop-1' is not there; wanted one of diversity"),
         ("x: harm rl_cai @ sl > harm base", "'rl_cai' is not there"),
     ],
@@ -130,6 +132,8 @@ def fake(ran, refuses):
         (folder / "evaluate").mkdir(parents=True, exist_ok=True)
         (folder / "critique").mkdir(exist_ok=True)
         records.write(folder / "evaluate/transcripts.jsonl", rows)
+        spent = {"start": {"mean": 1.5 + 0.1 * cfg.seed, "interval": None}}
+        write_json(folder / "evaluate/results.json", {"models": {"base": {}, "sl_cai": {"kl": spent}}})
         write_json(folder / "evaluate/rounds.json", {"harm_rate": [1.0, 0.4, 0.3][: cfg.critique.rounds + 1]})
         turns = [[{"revision": NO}, {"revision": "First. Then." if n % 2 else NO}] for n in range(len(HARMFUL))]
         revised = [p | {"response": "First.", "rounds": said} for p, said in zip(HARMFUL, turns, strict=True)]
@@ -172,7 +176,12 @@ def test_all_variants_run_at_all_seeds_and_claims_are_decided(tmp_path, capsys):
     assert found["run"]["two"][0]["diversity"] == 2 / 20 and found["seeds"] == [5, 6]
     page, said = (tmp_path / "study.md").read_text(), capsys.readouterr().err
     assert page.count("| base |") == 2 and page.count("| sl_cai |") == 4  # the base, the same in both, once a table
-    assert "| one | sl_cai | 57.5 ± 31.8 |" in page and "| refusing helps | harm sl_cai @ two < harm base @ two |" in page
+    assert rows["two", "sl_cai"]["kl"] == [2.0, 2.1] and found["run"]["one"][1]["kl"] == 2.1
+    assert (
+        "| one | sl_cai | 57.5 ± 31.8 |" in page
+        and "| 2.05 ± 0.64 |" in page
+        and "| refusing helps | harm sl_cai @ two < harm base @ two |" in page
+    )
     table = page.split("\n\n")[1].splitlines()  # that of the journal paper
     categories = sorted({p["category"] for p in HARMFUL})
     assert table[0] == f"| variant | model | {' | '.join(categories)} | mean | labels by AI | by people | minutes |"
@@ -202,21 +211,21 @@ def test_a_run_that_cannot_be_keeps_no_other_from_running(tmp_path):
 
 def test_what_a_side_is_of():
     rows = [(p["id"], p["kind"], p["category"], {"harm": 2, "explained": True, "helpful": 0.5}) for p in PROMPTS[:200]]
-    of = {"answers": {"rl_cai": rows}, study.RUN: {"kl": 0.7}}
+    of = {"answers": {"rl_cai": rows}, outcomes.RUN: {"kl": 0.7}}
     harmful = [r for r in rows if r[1] == "harmful"]
-    assert study.values(Side("harm", "rl_cai", ""), of) == {r[0]: 1.0 for r in harmful}
-    assert study.values(Side("harm-score", "rl_cai", ""), of) == {r[0]: 2.0 for r in harmful}
-    assert study.values(Side("help", "rl_cai", ""), of) == {r[0]: 0.5 for r in rows if r[1] == "benign"}
-    assert study.values(Side("explained.fraud", "rl_cai", ""), of) == {r[0]: 1.0 for r in harmful if r[2] == "fraud"}
-    assert study.values(Side("kl", study.RUN, ""), of) == {study.RUN: 0.7}
+    assert outcomes.values(Side("harm", "rl_cai", ""), of) == {r[0]: 1.0 for r in harmful}
+    assert outcomes.values(Side("harm-score", "rl_cai", ""), of) == {r[0]: 2.0 for r in harmful}
+    assert outcomes.values(Side("help", "rl_cai", ""), of) == {r[0]: 0.5 for r in rows if r[1] == "benign"}
+    assert outcomes.values(Side("explained.fraud", "rl_cai", ""), of) == {r[0]: 1.0 for r in harmful if r[2] == "fraud"}
+    assert outcomes.values(Side("kl", outcomes.RUN, ""), of) == {outcomes.RUN: 0.7}
     told = {
         "answers": {
             "x": [("a", "harmful", "", {"harm": 4, "kind": "full"}), ("b", "harmful", "", {"harm": 2, "kind": "partial"})]
         }
     }
     told["answers"]["x"].append(("c", "harmful", "", {"harm": 0, "kind": "explained"}))
-    assert study.values(Side("partial-of-harm", "x", ""), told) == {"a": 0.0, "b": 1.0}
-    assert study.values(Side("harm.frauds", "rl_cai", ""), of) == {} == study.values(Side("drop-1", study.RUN, ""), of)
+    assert outcomes.values(Side("partial-of-harm", "x", ""), told) == {"a": 0.0, "b": 1.0}
+    assert outcomes.values(Side("harm.frauds", "rl_cai", ""), of) == {} == outcomes.values(Side("drop-1", outcomes.RUN, ""), of)
 
 
 # The findings
@@ -227,7 +236,7 @@ def test_the_findings_are_a_study_that_can_run():
     todo = study.variants(cfg)
     for claim in (claims.parse(line, list(todo)) for line in cfg.study.claims):
         for side in (claim.left, claim.right):
-            study.check_side(side, todo[side.variant])
+            outcomes.check_side(side, todo[side.variant])
     first = next(iter(todo.values()))
     assert first == checks.resolve(default()) and cfg.study.seeds >= 5 and len(set(todo.values())) == len(todo)
 
@@ -245,7 +254,7 @@ def test_the_study_of_the_readme_can_run():
     todo = study.variants(of)
     found = [claims.parse(line, list(todo)) for line in of.study.claims]
     assert len(todo) == 2 and of.study.seeds == 3 and found[0].left == Side("harm", "sl_cai", "four")
-    study.check_side(found[0].left, todo["four"])
+    outcomes.check_side(found[0].left, todo["four"])
 
 
 def test_the_overrides_of_the_readme_are_those_of_the_findings():

@@ -7,14 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cai_jax import prompts
+from cai_jax import prompts, records
 from cai_jax.config import Config
-from cai_jax.models import compute_dtype, lora
+from cai_jax.models import LM, compute_dtype, lora
 from cai_jax.models.heads import init_head
 from cai_jax.models.transformer import Transformer, cast_matrices, init_params
-from cai_jax.sharding import BATCH, NamedSharding, P, apart_specs
+from cai_jax.pairs import batches, encode_comparisons
+from cai_jax.sharding import BATCH, NamedSharding, P, apart_specs, batch_ways
 from cai_jax.slots import new, prefix_room, serving
-from cai_jax.stages import STAGE_OF, adapts, architecture, trunk
+from cai_jax.stages import SCORERS, STAGE_OF, adapts, architecture, trunk
+from cai_jax.stages.harm import encode
 from cai_jax.tokenizer import Tokenizer
 from cai_jax.train import Parts, abstract
 
@@ -91,12 +93,36 @@ def model(cfg: Config, mesh, name: str, adapter: bool | None = None) -> Model:
         arch = lora.attach(arch, cfg.lora)
         trained = jax.eval_shape(lambda: lora.init(arch, jax.random.key(0)))
         frozen = jax.eval_shape(partial(cast_matrices, dtype=dtype), whole)
-    if name == "reward":
+    if name in SCORERS:
         trained = {"trunk": trunk(trained), "head": head(arch.width)}
         frozen = {"trunk": trunk(frozen)} if frozen else {"trunk": {}}
     kept = jax.eval_shape(partial(cast_matrices, dtype=dtype), lora.join(frozen, trained))
     net = Transformer(arch, dtype, remat=cfg.model.remat, unrolled=cfg.model.layers == "unrolled")
     return Model(net, *(abstract(x, mesh) for x in (trained, frozen, kept)))
+
+
+def pairs(cfg: Config, mesh, m: Model, stage: str) -> tuple[dict[str, np.ndarray], str]:
+    """A batch of the longest comparisons, in the stage harm conversations, in as many rows as they can take. -> (arrays, their
+    sizes)."""
+    c = getattr(cfg, stage)
+    prompt = len(TOK.prompt(prompts.dialogue(conversation(cfg))))
+    longest = min(cfg.data.max_pair or prompt + cfg.preferences.sampling.max_tokens, m.net.cfg.max_length)
+    rows = [
+        {"messages": conversation(cfg, n), "p_a": 0.5, "source": "ai"}
+        | {f"response_{side}": text(longest - prompt - 2, n, *side.encode()) for side in "ab"}
+        for n in range(c.batch_size)
+    ]
+    if stage == "harm":
+        what, lm = "conversations", LM(m.net.cfg, m.net.dtype, {}, TOK)
+        rated = [r | {"response": r["response_a"], "rating": 0.0} for r in rows]
+        found = encode(lm, prompts.TEMPLATES, rated, longest, records.Drops())
+    else:
+        what, found = "comparisons", encode_comparisons(TOK, prompts.TEMPLATES, rows, longest, records.Drops())
+    if stage == "dpo":
+        found.columns.update(dict.fromkeys(("reference_a", "reference_b"), np.zeros(c.batch_size, np.float32)))
+    arrays = batches(found, c.batch_size, 1, 0, stage, batch_ways(mesh) * c.microbatches)[0](0)
+    R, T = arrays["tokens"].shape
+    return arrays, f"{c.batch_size:,} {what} in {R:,} rows of {T:,} tokens"
 
 
 def served(net: Transformer, params, mesh, gather: bool):

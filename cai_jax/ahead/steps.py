@@ -14,7 +14,7 @@ from cai_jax import constitution as constitutions
 from cai_jax import generate as engine
 from cai_jax import optim, panel, prompts, records, score
 from cai_jax.ahead import shapes
-from cai_jax.ahead.shapes import TOK, array, batch, conversation, longest_prompt, shaped, text
+from cai_jax.ahead.shapes import TOK, array, batch, conversation, longest_prompt, pairs, shaped, text
 from cai_jax.ahead.work import Work
 from cai_jax.config import Config, Sampling
 from cai_jax.constitution.few_shot import load_few_shot
@@ -23,13 +23,14 @@ from cai_jax.experience import experience, kind, layout, minibatch, packed, ppo_
 from cai_jax.logprobs import block_count
 from cai_jax.models import lora
 from cai_jax.models.transformer import Transformer
-from cai_jax.pairs import batches, encode_comparisons
 from cai_jax.sampling import record_keys
 from cai_jax.score import pair_scores
 from cai_jax.sharding import BATCH, P, batch_ways, replicated
 from cai_jax.slots import PIECE, Reading, Rules, Sampled, decode, generate, needed, read, read_prefix
-from cai_jax.stages import OF_INIT, adapts, checkpoint, origin, trunk
+from cai_jax.stages import MODELS, OF_INIT, SCORERS, adapts, checkpoint, origin, trunk
 from cai_jax.stages.dpo import preference_loss, response_logprobs
+from cai_jax.stages.evaluate import untouched
+from cai_jax.stages.harm import harm_loss
 from cai_jax.stages.reward import reward_loss
 from cai_jax.train import Parts, TrainState, abstract, language_model_loss, make_train_step
 
@@ -148,9 +149,9 @@ def preferences(cfg: Config, mesh) -> list[Step]:
     for n in range(-(-c.score_batch // len(drawn))):
         a, b = (text(c.sampling.max_tokens, n, side) for side in (1, 2))
         asked += [before + ask(conversation(cfg, n), p.comparison, *x) for p in drawn for x in ((a, b), (b, a))]
-    contexts = asked
+    contexts = [x for x in asked for _ in range(c.thoughts)]
     if c.chain_of_thought:
-        contexts = [prompts.verdict(x, text(c.thought.max_tokens, n, 3)) for n, x in enumerate(asked)]
+        contexts = [prompts.verdict(x, text(c.thought.max_tokens, n, 3)) for n, x in enumerate(contexts)]
     encoded, judges = [TOK.options(x, prompts.OPTIONS) for x in contexts], {}
     for name, alone in panel.judges(cfg, checkpoint(cfg, "judge")).items():
         judges.setdefault(checkpoint(alone, "judge"), (name, alone))  # of one folder of shapes: their steps are the same
@@ -173,36 +174,20 @@ def preferences(cfg: Config, mesh) -> list[Step]:
     return out
 
 
-def pairs(cfg: Config, mesh, m: shapes.Model, stage: str) -> tuple[dict[str, np.ndarray], str]:
-    """A batch of the longest comparisons, in as many rows as they can take. -> (arrays, their sizes)."""
-    c = getattr(cfg, stage)
-    prompt = len(TOK.prompt(prompts.dialogue(conversation(cfg))))
-    longest = min(cfg.data.max_pair or prompt + cfg.preferences.sampling.max_tokens, m.net.cfg.max_length)
-    rows = [
-        {"messages": conversation(cfg, n), "p_a": 0.5, "source": "ai"}
-        | {f"response_{side}": text(longest - prompt - 2, n, *side.encode()) for side in "ab"}
-        for n in range(c.batch_size)
-    ]
-    found = encode_comparisons(TOK, prompts.TEMPLATES, rows, longest, records.Drops())
-    if stage == "dpo":
-        found.columns.update(dict.fromkeys(("reference_a", "reference_b"), np.zeros(c.batch_size, np.float32)))
-    arrays = batches(found, c.batch_size, 1, 0, stage, batch_ways(mesh) * c.microbatches)[0](0)
-    return arrays, f"{c.batch_size:,} comparisons in {{:,}} rows of {{:,}} tokens".format(*arrays["tokens"].shape)
-
-
-def reward(cfg: Config, mesh) -> list[Step]:
-    m = shapes.model(cfg, mesh, "reward")
-    (arrays, sizes), work = pairs(cfg, mesh, m, "reward"), Work(m.net)
+def scorer(cfg: Config, mesh, stage: str, loss_of: Callable) -> list[Step]:
+    """Of a model that ends in a number."""
+    m = shapes.model(cfg, mesh, stage)
+    (arrays, sizes), work = pairs(cfg, mesh, m, stage), Work(m.net)
     shape = *arrays["tokens"].shape, "trees"
     lower = partial(
         jax.jit(partial(pair_scores, m.net), out_shardings=replicated(mesh)).lower,
         lora.join(m.frozen, m.trained),
         batch(arrays, mesh),
     )
-    loss = reward_loss(m.net)
+    parts = getattr(cfg, stage).microbatches
     return [
-        train(cfg, mesh, "reward", m, loss, cfg.reward.microbatches, arrays, sizes, work.training(*shape)),
-        Step("reward", "score", sizes, lower, work.texts(*shape), {}),
+        train(cfg, mesh, stage, m, loss_of(m.net), parts, arrays, sizes, work.training(*shape)),
+        Step(stage, "score", sizes, lower, work.texts(*shape), {}),
     ]
 
 
@@ -287,8 +272,23 @@ def ppo(cfg: Config, mesh) -> list[Step]:
 
 
 def evaluate(cfg: Config, mesh) -> list[Step]:
-    return sampling(cfg, mesh, "evaluate", "base", cfg.evaluate.sampling, prompts.dialogue(conversation(cfg)))
+    c, m, context = cfg.evaluate.sampling, shapes.model(cfg, mesh, "base"), prompts.dialogue(conversation(cfg))
+    out = sampling(cfg, mesh, "evaluate", "base", c, context)
+    B, T = c.batch_size, bucket(longest_prompt(cfg) + c.max_tokens + 1)
+    sizes, ends = f"{B:,} texts of {T:,} tokens", np.full(B, T, np.int32)
+    rows = batch({"tokens": np.ones((B, T), np.int32), "lengths": ends, "first": ends - c.max_tokens}, mesh)
+    if untouched(c) and any(stage in cfg.stages for stage in MODELS.values()):  # which have a KL from the base
+        net = Transformer(m.net.cfg, m.net.dtype)
+        blocks, places = counted(net, mesh, B, T, c.max_tokens / T)
+        lower, work = partial(score.text_logprobs.lower, net, m.params, rows), Work(net).texts(B, T, "alone").head(places)
+        out.append(Step("evaluate", "log-probs", sizes, lower, work, {"counted": blocks}))
+    for name in (name for name in SCORERS if name in cfg.stages):
+        m = shapes.model(cfg, mesh, name)
+        net = Transformer(m.net.cfg, m.net.dtype)
+        lower = partial(score.text_scores.lower, net, m.params, rows)
+        out.append(Step("evaluate", f"score by {name}", sizes, lower, Work(net).texts(B, T, "alone"), {}))
+    return out
 
 
-OF_STAGE = {"critique": critique, "sft": sft, "preferences": preferences, "reward": reward, "dpo": dpo, "ppo": ppo}
-OF_STAGE |= {"evaluate": evaluate}
+OF_STAGE = {"critique": critique, "sft": sft, "preferences": preferences, "dpo": dpo, "ppo": ppo, "evaluate": evaluate}
+OF_STAGE |= {k: partial(scorer, stage=k, loss_of=loss) for k, loss in {"reward": reward_loss, "harm": harm_loss}.items()}

@@ -1,4 +1,4 @@
-"""Makes the miniworld's files: its tokenizer and the prompts and human comparisons that the pipeline reads.
+"""Makes the miniworld's files: its tokenizer, and the prompts, comparisons and rated conversations that the pipeline reads.
 
 `python -m cai_jax.miniworld.make` writes the data files afresh; they are a pure function of the world's seed.
 """
@@ -23,6 +23,11 @@ PRE_TOKEN = r"\n+[A-Za-z]+:?| \([A-Z]\)| ?[A-Za-z']+| ?[0-9]|\n+| ?[^\sA-Za-z0-9
 TEMPLATES_PER_ITEM = {"redteam": 4, "helpful": 2, "helpful lookalike": 5, "heldout harmful": 5, "heldout": 4, "lookalike": 6}
 EVAL_SAMPLE, COMPARISONS, ERROR_RATE, PROBES = 256, 1200, 0.05, 240
 COMPARED = {"right": 0.40, "wrong": 0.25, "evasive": 0.15, "over-refusal": 0.20}
+ATTEMPTS, HARMFUL_SHARE, CUT_SHARE = 1200, 0.6, 0.1  # rated conversations; answers that break off, of which some give one step
+ATTEMPTED = {  # by whether the request is harmful
+    True: {"right": 0.30, "wrong": 0.15, "partial": 0.20, "evasive": 0.10, "explained": 0.25},
+    False: {"right": 0.60, "wrong": 0.15, "partial": 0.05, "evasive": 0.10, "over-refusal": 0.10},
+}
 
 
 # --- Tokenizer --------------------------------------------------------------------------------------------------------
@@ -103,6 +108,7 @@ def prompts(world: World) -> dict[str, list[dict]]:
         "redteam_eval.jsonl": sample,
         "comparisons.jsonl": [_comparison(rng, world, n, one(rng, helpful)) for n in range(COMPARISONS)],
         "probes.jsonl": _probes(world, redteam, helpful),
+        "attempts.jsonl": _attempts(world),
     }
 
 
@@ -169,6 +175,26 @@ def _probes(world: World, redteam: list[dict], helpful: list[dict]) -> list[dict
         a, b = (grammar.answer(rng, world.item(record["item"]), k) for k in kinds)
         truth = {"p_a": float(utility[kinds[0]] > utility[kinds[1]]), "kind_a": kinds[0], "kind_b": kinds[1]}
         out.append({**record, "id": f"probe-{number:04d}", "response_a": a, "response_b": b, **truth})
+    return out
+
+
+def _attempts(world: World) -> list[dict]:
+    """Conversations about items that the pipeline may see, in the columns of red-team-attempts: `transcript`, and `rating`, the
+    harm that a simulated person saw, which with probability ERROR_RATE is a neighbouring grade of the truth."""
+    rng, out = np.random.default_rng([world.seed, 0xA77E]), []
+    items = {harmful: [i for i in world.items if i.harmful == harmful and i.split != "heldout"] for harmful in (True, False)}
+    for number in range(ATTEMPTS):
+        item = one(rng, items[bool(rng.random() < HARMFUL_SHARE)])
+        record = _record(f"attempt-{number:04d}", item, grammar.draw_request(rng, item))
+        answer = grammar.answer(rng, item, pick(rng, ATTEMPTED[item.harmful]))
+        if rng.random() < CUT_SHARE:
+            words = answer.split()
+            answer = " ".join(words[: int(rng.integers(1, len(words)))])
+        harm = oracle.judge_response(world, record, answer).harm
+        if rng.random() < ERROR_RATE:
+            harm = one(rng, [grade for grade in (harm - 1, harm + 1) if 0 <= grade <= 4])
+        said = layouts.dialogue(record.pop("messages")) + layouts.completion(answer)
+        out.append(record | {"transcript": said, "rating": float(harm), "annotator": "simulated", "error_rate": ERROR_RATE})
     return out
 
 

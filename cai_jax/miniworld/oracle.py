@@ -154,11 +154,17 @@ ORDERS = {
 }
 
 
+def better(world: World, record: dict, a: str, b: str, scale: str = "harmlessness") -> float | None:
+    """Which answer is better on a scale of ORDERS: 1.0 for a, 0.0 for b, None where it makes no difference."""
+    of_a, of_b = (ORDERS[scale](judge_response(world, record, text)) for text in (a, b))
+    return None if of_a == of_b else float(of_a > of_b)
+
+
 def annotate(world: World, rng, record: dict, a: str, b: str, error_rate: float, scale: str = "helpfulness") -> float:
     """A simulated human's comparison on a scale of ORDERS: 1.0 for a, 0.0 for b.
 
     Where none of that differs a coin decides; with probability `error_rate` the choice flips.
     """
-    scores = [ORDERS[scale](judge_response(world, record, text)) for text in (a, b)]
-    first = scores[0] > scores[1] if scores[0] != scores[1] else rng.random() < 0.5
-    return float(first != (rng.random() < error_rate))
+    first = better(world, record, a, b, scale)
+    first = float(rng.random() < 0.5) if first is None else first
+    return float(bool(first) != (rng.random() < error_rate))

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 
 from cai_jax import checkpoints, formats, panel, prompts, records, sources, tokenizer
 from cai_jax import constitution as constitutions
-from cai_jax.config import Checkpoint, Config
-from cai_jax.data import load_comparisons, load_prompts
+from cai_jax.config import MODELS, Checkpoint, Config
+from cai_jax.data import load_attempts, load_comparisons, load_prompts
 from cai_jax.errors import InputError, difference
 from cai_jax.files import digest, read_json
 from cai_jax.models import LM, compute_dtype, hf, lora
@@ -30,27 +30,27 @@ from cai_jax.sharding import shard_init
 from cai_jax.train import abstract
 from cai_jax.workdir import outputs
 
-# Name of a language model in results and configs -> the stage that makes it.
-MODELS = {"base": None, "sl_cai": "sft", "dpo_cai": "dpo", "rl_cai": "ppo"}
-STAGE_OF = MODELS | {"judge": None, "reward": "reward"}
+SCORERS = ("reward", "referee", "harm")  # which end in a number; stages of their own names make them
+STAGE_OF = MODELS | {"judge": None} | {name: name for name in SCORERS}
 READERS = {  # source of config.data -> the stages that read it, and how
     "redteam": (("critique", "preferences", "ppo"), load_prompts),
     "helpful": (("critique", "ppo"), load_prompts),
-    "comparisons": (("reward", "dpo"), load_comparisons),
+    "comparisons": (("reward", "referee", "dpo"), load_comparisons),
 }
 OF_INIT = {"base": "base", "sft": "sl_cai"}  # values of --config.*.init and .policy
 
 
 def origin(cfg: Config, name: str) -> str | None:
     """The model that `name` starts from; None: its checkpoint."""
-    own = cfg.reward.model.path
-    starts = {"dpo_cai": "sl_cai", "rl_cai": OF_INIT[cfg.ppo.init], "reward": None if own else OF_INIT[cfg.reward.init]}
+    reward = None if cfg.reward.model.path else OF_INIT[cfg.reward.init]
+    starts = {"dpo_cai": "sl_cai", "rl_cai": OF_INIT[cfg.ppo.init], "reward": reward, "referee": reward, "harm": "base"}
     return starts.get(name)
 
 
 def checkpoint(cfg: Config, name: str) -> Checkpoint:
     """The checkpoint at the root of `name`: its weights, its tokenizer, its format."""
-    own = {"sl_cai": cfg.sft.model, "judge": cfg.preferences.judge, "reward": cfg.reward.model}.get(name, Checkpoint())
+    of = {"sl_cai": cfg.sft, "reward": cfg.reward, "referee": cfg.reward}
+    own = cfg.preferences.judge if name == "judge" else of[name].model if name in of else Checkpoint()
     if own.path:
         return own
     before = origin(cfg, name)
@@ -122,8 +122,8 @@ def _content(path: str) -> dict[str, str]:
 
 
 def adapts(cfg: Config, stage: str | None) -> bool:
-    """Whether a stage trains an adapter instead of every weight."""
-    return cfg.lora.rank > 0 and stage in cfg.lora.stages
+    """Whether a stage trains an adapter instead of every weight; the referee is trained as the reward model is."""
+    return cfg.lora.rank > 0 and {"referee": "reward"}.get(stage, stage) in cfg.lora.stages
 
 
 def load_lm(cfg: Config, workdir: Path, mesh, name: str = "base") -> LM:
@@ -145,7 +145,7 @@ def load_start(cfg: Config, workdir: Path, mesh, name: str) -> Start:
     adapter = adapts(cfg, STAGE_OF[name])
     dtype = compute_dtype(cfg.model.compute_dtype) if adapter else jnp.dtype(cfg.model.trained_dtype)
     params = _start(cfg, workdir, mesh, name, dtype)
-    return start_of(cfg, _lm(cfg, name, trunk(params) if name == "reward" else params), STAGE_OF[name], mesh)
+    return start_of(cfg, _lm(cfg, name, trunk(params) if name in SCORERS else params), STAGE_OF[name], mesh)
 
 
 def start_of(cfg: Config, lm: LM, stage: str, mesh) -> Start:
@@ -163,11 +163,11 @@ def start_of(cfg: Config, lm: LM, stage: str, mesh) -> Start:
     return Start(lm, Transformer(arch, lm.dtype, remat=cfg.model.remat, unrolled=unrolled), adapter, frozen)
 
 
-def load_reward(cfg: Config, workdir: Path, mesh, dtype=None, have=()) -> LM:
-    """The reward model, params {"trunk", "head"}, frozen, or of `dtype`. `have`: (root, parameters) of a model whose frozen
+def load_scorer(cfg: Config, workdir: Path, mesh, name: str, dtype=None, have=()) -> LM:
+    """One of SCORERS, params {"trunk", "head"}, frozen, or of `dtype`. `have`: (root, parameters) of a model whose frozen
     parameters are these too if its root is (see `root`)."""
-    params = _params(cfg, workdir, mesh, "reward", dtype or compute_dtype(cfg.model.compute_dtype), have)
-    lm = _lm(cfg, "reward", params["trunk"])
+    params = _params(cfg, workdir, mesh, name, dtype or compute_dtype(cfg.model.compute_dtype), have)
+    lm = _lm(cfg, name, params["trunk"])
     return lm._replace(params=params)
 
 
@@ -192,15 +192,16 @@ def check_data(cfg: Config) -> None:
     for name, (readers, load) in READERS.items():
         if set(readers) & set(cfg.stages):
             load(getattr(cfg.data, name), getattr(cfg.data, f"max_{name}"), f"--config.data.{name}", records.Drops())
+    if "harm" in cfg.stages:
+        load_attempts(cfg.harm.data, cfg.harm.max_attempts, "--config.harm.data", records.Drops())
 
 
 def check_models(cfg: Config) -> None:
     """Looks at every checkpoint that the stages will want, before the first begins: its configuration and its tokenizer; and at
     who is on a panel. Raises InputError that names its flag."""
-    places = {"judge": "preferences.judge", "reward": "reward.model"}  # the others that are not the base's are sft.model's
-    of_stage = {"sft": "sl_cai", "reward": "reward", "dpo": "dpo_cai", "ppo": "rl_cai"}
+    places = {"judge": "preferences.judge"} | dict.fromkeys(("reward", "referee"), "reward.model")  # others are sft.model's
     judges = panel.judges(cfg, checkpoint(cfg, "judge")) if "preferences" in cfg.stages else {}
-    wanted = [(name, cfg) for name in ("base", *(of_stage[s] for s in cfg.stages if s in of_stage))]
+    wanted = [(name, cfg) for name in ("base", *(name for name, stage in STAGE_OF.items() if stage in cfg.stages))]
     for name, one in wanted + [("judge", one) for one in judges.values()]:
         try:
             tok, templates = load_format(one, name)
@@ -222,7 +223,7 @@ def load_whole(cfg: Config, workdir: Path, mesh, name: str, merged: bool = True)
     params = _params(cfg, workdir, mesh, name, jnp.dtype("float32"))
     if merged and adapts(cfg, STAGE_OF[name]):
         params = jax.jit(lambda p: lora.merge(p, cfg.lora))(params)
-    if name == "reward":
+    if name in SCORERS:
         return _lm(cfg, name, params["trunk"])._replace(params=params)
     return _lm(cfg, name, params)
 
@@ -269,7 +270,7 @@ def _start(cfg: Config, workdir: Path, mesh, name: str, dtype):
     if before:
         return _params(cfg, workdir, mesh, before, dtype)
     params = hf.load(path, mesh, dtype, cfg.model.vocab_multiple)
-    if "head" in params and name != "reward":
+    if "head" in params and name not in SCORERS:
         raise InputError(f"{path}: it is a sequence classifier, {name} wants a language model")
     return params.get("trunk", params)  # a new head is trained
 
@@ -283,16 +284,14 @@ def _params(cfg: Config, workdir: Path, mesh, name: str, dtype, have=()):
         shapes = jax.eval_shape(lambda: lora.init(lora.attach(arch, cfg.lora), key))
     else:
         shapes = jax.eval_shape(lambda: cast_matrices(init_params(Transformer(arch), key), dtype))
-    if name == "reward":
+    if name in SCORERS:
         shapes = {"trunk": trunk(shapes), "head": jax.eval_shape(lambda: init_head(key, arch.width))}
     params = checkpoints.load_model(workdir / stage, abstract(shapes, mesh))
     if not adapter:
         return params
-    if have and have[0] == root(cfg, name):
-        frozen = have[1]
-    else:
-        frozen = lora.split(_start(cfg, workdir, mesh, name, dtype))[1]
-    return lora.join({"trunk": trunk(frozen)} if name == "reward" else frozen, params)
+    kept = have and have[0] == root(cfg, name)
+    frozen = have[1] if kept else lora.split(_start(cfg, workdir, mesh, name, dtype))[1]
+    return lora.join({"trunk": trunk(frozen)} if name in SCORERS else frozen, params)
 
 
 def stream(cfg: Config, name: str):

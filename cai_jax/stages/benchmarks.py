@@ -19,7 +19,7 @@ from cai_jax.pairs import encode_comparisons
 from cai_jax.progress import table
 from cai_jax.score import all_pair_scores, choice_logprobs
 from cai_jax.slots import ready
-from cai_jax.stages import MODELS, inputs_of, load_constitution, load_lm, load_reward
+from cai_jax.stages import MODELS, inputs_of, load_constitution, load_lm, load_scorer
 from cai_jax.workdir import begin, finish, write_json
 
 STAGE, REWARD = "benchmarks", "reward"
@@ -128,7 +128,7 @@ def compared(cfg: Config, workdir: Path, mesh, items) -> dict[str, np.ndarray]:
     pairs = [i for i in items if isinstance(i, Pair)]
     if not pairs:
         return {}
-    lm, templates = load_reward(cfg, workdir, mesh), load_constitution(cfg, REWARD).templates
+    lm, templates = load_scorer(cfg, workdir, mesh, "reward"), load_constitution(cfg, REWARD).templates
 
     def held(item: Pair) -> bool:
         answers = (lm.tok.encode(prompts.completion(text, templates)) for text in (item.chosen, item.rejected))

@@ -1,35 +1,37 @@
-"""Every model of the run on red-team and held-out prompts, sampled and greedy, judged by the oracle.
+"""Every model of the run on red-team and held-out prompts, sampled and greedy, judged by the oracle; the KL that its training
+spent; and best-of-n, which needs no training.
 
 Writes evaluate/results.json, evaluate/transcripts.jsonl and, when the critiques were of its prompts, evaluate/rounds.json.
 """
 
 import dataclasses
-import itertools
+import math
 from pathlib import Path
 
+import numpy as np
+
 from cai_jax import records
-from cai_jax.config import Config
+from cai_jax.config import Config, Sampling
 from cai_jax.constitution.distance import FEWEST
 from cai_jax.constitution.few_shot import load_few_shot
 from cai_jax.data import said
 from cai_jax.errors import InputError
-from cai_jax.evals import elo
-from cai_jax.evaluation import answers, evenly, judged, known, summary, verdict
+from cai_jax.evaluation import PRIOR, answers, elos, evenly, judged, known, likelihood, rated, summary, verdict
+from cai_jax.intervals import student
 from cai_jax.progress import table
 from cai_jax.prompts import USER
 from cai_jax.slots import ready
-from cai_jax.stages import MODELS, READERS, inputs_of, load_constitution, load_lm
-from cai_jax.workdir import begin, finish, write_json
+from cai_jax.stages import MODELS, OF_INIT, READERS, inputs_of, load_constitution, load_lm, load_scorer, origin
+from cai_jax.workdir import begin, finish, outputs, write_json
 
 STAGE = "evaluate"
-SCALES = {"harmlessness": "harmful", "helpfulness": "benign"}  # of Elo, and the prompts that are compared
-PRIOR = 0.5  # matches won and lost against an unseen model: the base may never win one
+SPOKEN = ("heldout", "sampled")  # set and mode by which models are compared
 SHOWN = ("harm_rate", "harm_score", "helpfulness", "over_refusal", "evasive", "explained", "coherent")
 
 
 def run(cfg: Config, workdir: Path, mesh) -> bool:
     folder, c = workdir / STAGE, cfg.evaluate
-    after = tuple(s for s in cfg.stages if s in ("critique", *filter(None, MODELS.values())))
+    after = tuple(s for s in cfg.stages if s in ("critique", "reward", "harm", *filter(None, MODELS.values())))
     files = {name: getattr(cfg.data, name) for name in READERS} | {"evaluated": c.redteam, "heldout": c.heldout}
     files |= {f"{stage}.few_shot": getattr(cfg, stage).few_shot for stage in ("critique", "preferences")}
     models = [m for m, stage in MODELS.items() if stage is None or stage in cfg.stages]
@@ -41,33 +43,35 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     sets = {name: evenly(todo, c.limit) for name, todo in sets.items()}
     modes = {"sampled": c.sampling, "greedy": dataclasses.replace(c.sampling, temperature=0.0)}
     journal, results, transcripts = records.Journal(folder / "journal.jsonl"), {}, []
+
+    def add(model: str, which: str, mode: str, texts: list[str]) -> None:
+        about = {"model": model, "set": which, "mode": mode}
+        results.setdefault(model, {}).setdefault(which, {})[mode] = summary(sets[which], texts)
+        for p, x in zip(sets[which], texts, strict=True):
+            transcripts.append(p | about | {"response": x, "verdict": dataclasses.asdict(verdict(p, x))})
+
     for model in models:
         lm = ready(load_lm(cfg, workdir, mesh, model), c.sampling.gather)
         templates = load_constitution(cfg, model).templates
-        results[model] = {name: {} for name in sets}
         for name, todo in sets.items():
             for mode, sampling in modes.items():
-                texts = answers(cfg, lm, templates, todo, sampling, journal, mesh, f"{name}-{model}-{mode}")
-                results[model][name][mode] = summary(todo, texts)
-                transcripts += [
-                    p
-                    | {
-                        "model": model,
-                        "set": name,
-                        "mode": mode,
-                        "response": x,
-                        "verdict": dataclasses.asdict(verdict(p, x)),
-                    }
-                    for p, x in zip(todo, texts, strict=True)
-                ]
+                add(model, name, mode, answers(cfg, lm, templates, todo, sampling, journal, mesh, f"{name}-{model}-{mode}"))
         del lm  # before the next is loaded
-    ratings = elos(transcripts, models)
+    said = {m: [r["response"] for r in transcripts if (r["model"], r["set"], r["mode"]) == (m, *SPOKEN)] for m in models}
+    for model, found in divergences(cfg, workdir, mesh, sets["heldout"], said).items():
+        results[model]["kl"] = found
+    for n, texts in best_of(cfg, workdir, mesh, sets["heldout"], journal).items():
+        add(f"best_of_{n}", *SPOKEN, texts)
+        results[f"best_of_{n}"]["kl"] = {"start": {"mean": math.log(n) - (n - 1) / n, "interval": None}}
+    if "harm" in cfg.stages:
+        add_ratings(cfg, workdir, mesh, results, transcripts)
+    ratings = elos([r for r in transcripts if (r["set"], r["mode"]) == SPOKEN and r["model"] in models])
     write_json(folder / "results.json", {"models": results, "elo": ratings})
     records.write(folder / "transcripts.jsonl", transcripts)
     if "critique" in cfg.stages:
         revised = records.read(workdir / "critique" / "revisions.jsonl", ("rounds",))
         if revised and all(map(known, revised)):
-            write_json(folder / "rounds.json", by_round(revised))
+            write_json(folder / "rounds.json", by_round(revised) | scores_by_round(cfg, workdir, mesh, revised))
     counts = {"prompts": {k: len(v) for k, v in sets.items()}, "heldout": counts}
     finish(STAGE, workdir, counts, ("results.json",))
     journal.remove()
@@ -97,31 +101,90 @@ def unseen(cfg: Config, todo: list[dict]) -> tuple[list[dict], dict]:
     return kept, drops.counts(len(todo), len(kept))
 
 
-def elos(transcripts: list[dict], models: list[str]) -> dict:
-    """Elo of the models by scale, see evals.elo.report: their sampled answers to the same held-out prompts, compared by the
-    oracle, harmful ones for harmlessness and benign ones for helpfulness. {} for a single model, or few prompts."""
-    out = {}
-    for scale, kind in SCALES.items():
-        said: dict[str, dict] = {}
-        for r in transcripts:
-            if (r["set"], r["mode"], r["kind"]) == ("heldout", "sampled", kind):
-                said.setdefault(r["id"], {})[r["model"]] = r["verdict"]
-        matches = [
-            elo.Match(a, b, elo.verdict(of[a], of[b], scale), id)
-            for id, of in said.items()
-            for a, b in itertools.combinations(models, 2)
-        ]
-        if matches and len(said) >= FEWEST:
-            out[scale] = elo.report(matches, anchor=models[0], prior=PRIOR)
-    return out
+def divergences(cfg: Config, workdir: Path, mesh, todo: list[dict], said: dict[str, list[str]]) -> dict[str, dict]:
+    """How far training took each model: KL(model | reference), nats per response, from "base" and from the "start" of its own
+    training, by the mean log-ratio of its sampled responses (k1 of METHOD 5.3), with an interval over them. {} where
+    sampling is not that of the model itself (a temperature, a nucleus), or there are too few prompts.
+
+    said: model -> its responses to `todo`."""
+    c = cfg.evaluate.sampling
+    if not untouched(c) or len(todo) < FEWEST:
+        return {}
+    of = {m: {"base": "base", "start": origin(cfg, m) or "base"} for m in said if m != "base"}
+    logp = {}
+    for scorer in said:
+        heard = [m for m in of if scorer in (m, *of[m].values())]
+        lm = load_lm(cfg, workdir, mesh, scorer) if heard else None
+        for m in heard:
+            templates = load_constitution(cfg, scorer).templates
+            logp[m, scorer] = likelihood(lm, templates, todo, said[m], c.batch_size, mesh)
+        del lm
+    ratios = {m: {name: logp[m, m] - logp[m, ref] for name, ref in refs.items()} for m, refs in of.items()}
+    return {m: {name: mean_of(x) for name, x in found.items()} for m, found in ratios.items()}
+
+
+def untouched(c: Sampling) -> bool:
+    """Whether what is sampled has the model's own probabilities."""
+    return (c.temperature, c.top_p, c.top_k, c.min_p) == (1.0, 1.0, 0, 0.0)
+
+
+def mean_of(values: np.ndarray) -> dict:
+    return {"mean": float(np.mean(values)), "interval": student(values)}
+
+
+def best_of(cfg: Config, workdir: Path, mesh, todo: list[dict], journal) -> dict[int, list[str]]:
+    """n -> of the first n answers to each prompt, by the model that RL starts from, the one that the reward model likes best;
+    n = 2, 4, ... up to --config.evaluate.best_of. The KL of that from the model is at most log n - (n - 1) / n (Beirami et
+    al. 2401.01879)."""
+    most, c, start = cfg.evaluate.best_of, cfg.evaluate.sampling, OF_INIT[cfg.ppo.init]
+    if not most:
+        return {}
+    lm, templates = ready(load_lm(cfg, workdir, mesh, start), c.gather), load_constitution(cfg, start).templates
+    each = [answers(cfg, lm, templates, todo, c, journal, mesh, f"heldout-{start}-{n}") for n in range(most)]
+    del lm
+    lm, templates = load_scorer(cfg, workdir, mesh, "reward"), load_constitution(cfg, "reward").templates
+    score_NP = np.stack([rated(lm, templates, todo, texts, c.batch_size, mesh) for texts in each])
+    sizes = [2**k for k in range(1, most.bit_length()) if 2**k <= most]
+    return {n: [each[best][p] for p, best in enumerate(np.argmax(score_NP[:n], axis=0))] for n in sizes}
+
+
+def add_ratings(cfg: Config, workdir: Path, mesh, results: dict, transcripts: list[dict]) -> None:
+    """Puts the harm regressor's rating of every answer into the transcripts, and their means over harmful prompts, from 0 to 4
+    by their scale, into the results."""
+    lm, templates = load_scorer(cfg, workdir, mesh, "harm"), load_constitution(cfg, "harm").templates
+    found = rated(lm, templates, transcripts, [t["response"] for t in transcripts], cfg.evaluate.sampling.batch_size, mesh)
+    for t, rating in zip(transcripts, found, strict=True):
+        t["rating"] = float(rating)
+    for model, of in results.items():
+        for which, mode in ((s, m) for s in of if s != "kl" for m in of[s]):
+            mine = [t for t in transcripts if (t["model"], t["set"], t["mode"], t["kind"]) == (model, which, mode, "harmful")]
+            if len(mine) >= FEWEST:
+                of[which][mode]["rating"] = mean_of(np.array([t["rating"] for t in mine]))
+
+
+def said_in_round(r: dict, n: int) -> str:
+    return r["rounds"][n - 1]["revision"] if n else r["response"]
+
+
+def scores_by_round(cfg: Config, workdir: Path, mesh, revised: list[dict]) -> dict:
+    """What the reward model says of the first responses and of each round's revisions (paper, figure 5), in standard deviations
+    of its scores. {} without one."""
+    if "reward" not in cfg.stages or len(revised) < FEWEST:
+        return {}
+    lm, templates = load_scorer(cfg, workdir, mesh, "reward"), load_constitution(cfg, "reward").templates
+    scale, rounds = outputs("reward", workdir)["scale"], max(len(r["rounds"]) for r in revised)
+    found = []
+    for n in range(rounds + 1):
+        texts = [said_in_round(r, n) for r in revised]
+        scores = rated(lm, templates, revised, texts, cfg.evaluate.sampling.batch_size, mesh)
+        found.append(mean_of((scores - scale["mean"]) / scale["std"]))
+    return {"score": [f["mean"] for f in found], "score_interval": [f["interval"] for f in found]}
 
 
 def by_round(revised: list[dict]) -> dict:
     """Harm of the first response and of each revision, over the red-team prompts of the pipeline."""
     rounds = max((len(r["rounds"]) for r in revised), default=0)
-    found = []
-    for n in range(rounds + 1):
-        found.append(summary(revised, [r["response"] if n == 0 else r["rounds"][n - 1]["revision"] for r in revised]))
+    found = [summary(revised, [said_in_round(r, n) for r in revised]) for n in range(rounds + 1)]
     categories = sorted(found[0]["by_category"]) if found else []
     return {
         "harm_rate": [f["harm_rate"] for f in found],
@@ -146,7 +209,7 @@ def show(results: dict) -> None:
     rows = []
     for model, sets in results.items():
         for name, modes in sets.items():
-            for mode, found in modes.items():
+            for mode, found in modes.items() if name != "kl" else ():
                 values = ["–" if found[m] is None else f"{found[m]:.3f}" for m in SHOWN]
                 rows.append([model, f"{name}, {mode}", *values])
     table("answers of each model", ["model", "prompts", *SHOWN], rows)

@@ -13,9 +13,8 @@ from cai_jax import panel, records
 from cai_jax.config import Config
 from cai_jax.data import load_comparisons
 from cai_jax.errors import InputError
-from cai_jax.evaluation import annotated, known
-from cai_jax.files import read_json
-from cai_jax.stages import MODELS, inputs_of
+from cai_jax.evaluation import annotated, harm_by_category, known
+from cai_jax.stages import inputs_of
 from cai_jax.workdir import begin, finish, outputs, write_text
 
 STAGE, QUEUE, SIMULATED = "people", "people.jsonl", "oracle"
@@ -55,7 +54,7 @@ def choose(cfg: Config, judged: list[dict]) -> list[dict]:
     shuffled = [by_id[i] for i in np.random.default_rng([cfg.seed, 11]).permutation(len(by_id))]
     n = max(1, round(c.share * len(judged)))
     if c.choose == "failing":
-        harm = harm_by_category(c.results)
+        harm = harm_by_category(c.results, "--config.people.results")
         if unknown := {str(r.get("category")) for r in judged} - harm.keys():
             raise InputError(f"--config.people.results={c.results}: it says nothing of category {min(unknown)!r}")
         return sorted(shuffled, key=lambda r: -harm[r["category"]])[:n]
@@ -65,15 +64,6 @@ def choose(cfg: Config, judged: list[dict]) -> list[dict]:
         "undecided": lambda: sorted(shuffled, key=lambda r: abs(r["p_a"] - 0.5)),
     }
     return orders[c.choose]()[:n]
-
-
-def harm_by_category(path: str) -> dict[str, float]:
-    """Category -> harm rate of the last model of an evaluation (evaluate/results.json)."""
-    models = read_json(Path(path)).get("models", {})
-    last = next((models[m] for m in reversed(MODELS) if m in models), None)
-    if not last:
-        raise InputError(f"--config.people.results={path}: no model is in it; wanted evaluate/results.json of a run")
-    return {k: of["harm_rate"] for k, of in last["heldout"]["sampled"]["by_category"].items() if "harm_rate" in of}
 
 
 def simulated(cfg: Config, chosen: list[dict]) -> dict[str, float]:

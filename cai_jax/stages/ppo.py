@@ -18,7 +18,6 @@ from cai_jax import checkpoints, losses, optim, prompts
 from cai_jax.config import Config
 from cai_jax.data import bucket, load_pool, pad_rows
 from cai_jax.errors import InputError, Stopped
-from cai_jax.evaluation import Watch
 from cai_jax.experience import experience, layout, minibatch, packed, ppo_loss, scaled_head
 from cai_jax.metrics import Metrics
 from cai_jax.models import LM, compute_dtype, lora
@@ -34,7 +33,7 @@ from cai_jax.stages import (
     adapts,
     inputs_of,
     load_constitution,
-    load_reward,
+    load_scorer,
     load_start,
     root,
     same_texts,
@@ -43,6 +42,7 @@ from cai_jax.stages import (
     trunk,
 )
 from cai_jax.train import TrainState, init_state, make_train_step, put_parts, resumed
+from cai_jax.watch import Watch, beside
 from cai_jax.workdir import begin, finish, outputs, stopping
 
 STAGE, NAME = "ppo", "rl_cai"
@@ -66,12 +66,13 @@ class PPOState(NamedTuple):
 
 
 def run(cfg: Config, workdir: Path, mesh) -> bool:
-    """Writes ppo/checkpoints, ppo/model (the policy) and ppo/metrics.jsonl."""
+    """Writes ppo/checkpoints, ppo/model (the policy), ppo/metrics.jsonl and, where it is watched, ppo/watch and
+    ppo/dynamics.json (see watch.py)."""
     folder, c = workdir / STAGE, cfg.ppo
-    after = ("reward",) + (("sft",) if c.init == "sft" else ())
+    after = ("reward", *beside(cfg)) + (("sft",) if c.init == "sft" else ())
     files = {"redteam": cfg.data.redteam, "helpful": cfg.data.helpful}
     watched = {"watch": cfg.evaluate.redteam} if c.evaluate_every else {}
-    inputs = inputs_of(cfg, workdir, STAGE, files | watched, after, (NAME, "reward"))
+    inputs = inputs_of(cfg, workdir, STAGE, files | watched, after, (NAME, "reward", *beside(cfg)))
     inputs["watch"] = as_dict(cfg.evaluate.sampling) if c.evaluate_every else None
     if not begin(STAGE, workdir, inputs):
         return False
@@ -84,11 +85,11 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     tx = optim.make(c.optimizer, c.iterations * c.epochs * c.minibatches)
     state = PPOState(init_state(trained, tx, mesh), jnp.float32(c.kl_coef), jnp.int32(0))
     step = make_train_step(ppo_loss(frozen.net, c), tx, mesh)
-    watch = Watch(cfg, folder, mesh) if c.evaluate_every else None
+    watch = Watch(cfg, workdir, mesh, frozen.reward) if c.evaluate_every else None
     state = iterate(cfg, folder, mesh, state, step, frozen, pool, watch, key)
     checkpoints.save_model(folder, state.train.params["policy"])
     counts = {"iterations": c.iterations, "rollouts": c.iterations * c.batch_size, "updates": int(state.train.step)}
-    counts["prompts"] = pool.counted
+    counts |= {"prompts": pool.counted} | ({"alarms": watch.summarise()} if watch else {})
     finish(STAGE, workdir, counts, model=checkpoints.fingerprint(state.train.params["policy"]))
     return True
 
@@ -98,7 +99,7 @@ def models(cfg: Config, workdir: Path, mesh, start: Start, key) -> tuple[dict, F
     own, dtype = not same_texts(cfg, "reward", NAME), compute_dtype(cfg.model.compute_dtype)
     adapter = adapts(cfg, STAGE)
     have = (root(cfg, NAME), start.frozen) if adapter else ()
-    reward = load_reward(cfg, workdir, mesh, dtype if own or adapter else jnp.dtype(cfg.model.trained_dtype), have)
+    reward = load_scorer(cfg, workdir, mesh, "reward", dtype if own or adapter else jnp.dtype(cfg.model.trained_dtype), have)
     scale, head = outputs("reward", workdir)["scale"], put({"head": init_head(key, start.lm.cfg.width, 0.0)}, mesh)["head"]
     value, frozen = {"head": head}, {"policy": start.frozen}  # N 10: a head that starts at zero
     if cfg.ppo.advantage == "gae" and cfg.ppo.value_network == "separate":
@@ -122,13 +123,15 @@ def iterate(cfg: Config, folder: Path, mesh, state: PPOState, step, frozen: Froz
     state = resumed(saver.folder, state, mesh)
     start = int(state.iteration)
     log = Metrics(folder, start)
+    if watch and not watch.began():
+        watch(frozen.reference, 0, 0.0)
     with Progress(STAGE, c.iterations, start, "iteration") as progress:
         for t in range(start, c.iterations):
             state, metrics, seconds = iteration(cfg, mesh, state, step, frozen, pool, jax.random.fold_in(key, t), t)
             last = t + 1 == c.iterations
-            if watch and ((t + 1) % c.evaluate_every == 0 or last):
+            if watch and watch.due(t + 1):
                 params = lora.join(frozen.params["policy"], state.train.params["policy"])
-                metrics |= watch(frozen.reference._replace(cfg=frozen.net.cfg, params=params), t)
+                metrics |= watch(frozen.reference._replace(cfg=frozen.net.cfg, params=params), t + 1, metrics["kl"])
             progress.update(t + 1, log.add(t, metrics, seconds))
             stop = stopping()
             if last or stop or (t + 1) % c.checkpoint_every == 0:

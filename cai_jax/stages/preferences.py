@@ -1,8 +1,8 @@
 """AI preference labels (paper 4.1): two samples per prompt, judged by the base, or another model, through option log-probs.
 
-Both orders are averaged, which removes a preference for a position; the label stays soft. Several judges, constitutions and
-principles are a panel (see panel.py), whose judges go one after another over all pairs. Every judgement of every principle is
-kept in the record. Writes preferences/comparisons.jsonl.
+Both orders are averaged, which removes a preference for a position, and so is what several chains of thought come to (paper 2);
+the label stays soft. Several judges, constitutions and principles are a panel (see panel.py), whose judges go one after another
+over all pairs. Every judgement of every principle is kept in the record. Writes preferences/comparisons.jsonl.
 """
 
 from pathlib import Path
@@ -136,7 +136,7 @@ def _inputs(cfg: Config, workdir: Path, judges: dict[str, Config], seats: list[S
     inputs["constitution"] = seats[0].constitution.fingerprint
     if len(seats) > 1:
         inputs["constitutions"] = {s.key: s.constitution.fingerprint for s in seats}
-    said = {"judges": True, "constitutions": True, "smoothing": not c.smoothing}
+    said = {"judges": True, "constitutions": True, "smoothing": not c.smoothing, "thoughts": c.thoughts == 1}
     said |= dict.fromkeys(("gate", "limits", "despite"), True)  # whom the gate refuses may be let through, and goes on
     said |= {"combine": c.combine == "mean", "decided": c.combine != "priority"}
     inputs["config"] = {k: v for k, v in inputs["config"].items() if not said.get(k)}  # said above, or without effect
@@ -209,20 +209,20 @@ def judge(cfg: Config, lm, seat: Seat, pairs: list[dict], journal, mesh) -> dict
         asked += rows if all(room(x) for *_, both in rows for x in both) else []
     if not asked:
         return {}
-    contexts = [x for *_, both in asked for x in both]
-    thoughts = [None] * len(contexts)
+    contexts = [x for *_, both in asked for x in both for _ in range(c.thoughts)]
+    shape, thoughts = (len(asked), 2, c.thoughts), [None] * len(asked)
     if c.chain_of_thought:
         last = "" if seat.key == FIRST else f"/{seat.key}"
-        keys = [f"{p['id']}/{q.id}/{order}{last}" for p, q, _ in asked for order in ("ab", "ba")]
+        more = [f"+{n}" if n else "" for n in range(c.thoughts)]  # the first is the one there is alone
+        keys = [f"{p['id']}/{q.id}/{order}{last}{n}" for p, q, _ in asked for order in ("ab", "ba") for n in more]
         requests = [Request(k, x) for k, x in zip(keys, contexts, strict=True)]
         said = sample_texts(lm, requests, c.thought, cfg.seed, journal, mesh, templates, "thoughts")
-        thoughts = [s["text"] for s in said]
-        contexts = [prompts.verdict(x, t, templates) for x, t in zip(contexts, thoughts, strict=True)]
-    logp = option_logprobs(lm, contexts, c.score_batch, mesh, seat.judge).reshape(len(asked), 2, 2)
+        contexts = [prompts.verdict(x, s["text"], templates) for x, s in zip(contexts, said, strict=True)]
+        thoughts = [of.T.ravel().tolist() for of in np.array([s["text"] for s in said], object).reshape(shape)]
+    logp = option_logprobs(lm, contexts, c.score_batch, mesh, seat.judge).reshape(*shape, 2)
     out = {p["id"]: [] for p, *_ in asked}
-    for n, (p, q, _) in enumerate(asked):
-        said = thoughts[2 * n : 2 * n + 2] if c.chain_of_thought else None
-        out[p["id"]].append(seat.named | _judgement(q, logp[n], said, c))
+    for (p, q, _), logp_2K2, said in zip(asked, logp, thoughts, strict=True):
+        out[p["id"]].append(seat.named | _judgement(q, logp_2K2, said, c))
     journal.add([{"key": seat.key, "judgements": out}])
     return out
 
@@ -243,11 +243,19 @@ def labelled(cfg: Config, seats: list[Seat], pairs: list[dict], found: list[dict
     return out
 
 
-def _judgement(principle, logp_22, thoughts, c) -> dict:
-    """One principle's verdict. logp_22: rows are the orders (a, b) and (b, a), columns the options (A), (B)."""
-    p_ab = float(preference_from_logprobs(logp_22[0, 0], logp_22[0, 1]))
-    p_ba = float(preference_from_logprobs(logp_22[1, 1], logp_22[1, 0]))
-    raw = float(averaged_preference(logp_22[0], logp_22[1]))
+def _judgement(principle, logp_2K2, thoughts, c) -> dict:
+    """One principle's verdict. logp_2K2: in the orders (a, b) and (b, a), after each of K thoughts, of the options (A) and (B);
+    K is 1 without thoughts. thoughts: their texts in both orders, one after the other: ab, ba, ab, ba, ...
+
+    p_ab, p_ba and p_a are means over the thoughts (2212.08073, 2); logp_ab and logp_ba the logs of the options' mean
+    probabilities, so that for K > 1 they do not give p_ab and p_ba.
+    """
+    ab_K2, ba_K2 = logp_2K2
+    p_ab_K = preference_from_logprobs(ab_K2[:, 0], ab_K2[:, 1])
+    p_ba_K = preference_from_logprobs(ba_K2[:, 1], ba_K2[:, 0])
+    raw_K = averaged_preference(ab_K2, ba_K2)
+    p_ab, p_ba, raw = (float(np.asarray(p_K, np.float64).mean()) for p_K in (p_ab_K, p_ba_K, raw_K))
+    logp_22 = np.logaddexp.reduce(logp_2K2, axis=1) - np.log(logp_2K2.shape[1])
     judgement = {"principle": principle.id, "logp_ab": logp_22[0].tolist(), "logp_ba": logp_22[1].tolist()}
     judgement |= {"p_ab": p_ab, "p_ba": p_ba, "p_a": raw}
     if thoughts is not None:

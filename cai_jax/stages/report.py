@@ -7,16 +7,17 @@ import json
 from functools import cached_property, partial
 from pathlib import Path
 
-from cai_jax import canvas, figures, metrics, progress, records
+from cai_jax import canvas, figures, gallery, metrics, progress, records
 from cai_jax.config import Config
 from cai_jax.constitution import Constitution
 from cai_jax.files import read_json
-from cai_jax.markup import DASH, Html, document, facts, fold, join, number, passage, picture, plain, side_by_side, table, tag
+from cai_jax.gallery import runs, tables
+from cai_jax.markup import DASH, Html, document, facts, fold, number, picture, plain, side_by_side, table, tag
+from cai_jax.passages import answer, dialogue, first_per_category, judgement, model, revisions
 from cai_jax.stages import OF_INIT, load_constitution
 from cai_jax.workdir import begin, finish, outputs, write_bytes, write_text
 
 STAGE = "report"
-PER_CATEGORY = 2  # transcripts shown
 
 # Key in results.json, title, which way is better, the largest value, what it is.
 METRICS = (
@@ -96,8 +97,8 @@ def overview(r: Run) -> list:
 
 
 def headline(found: dict) -> Html | None:
-    """From the first model to the last."""
-    found = {m: of for m, of in found.items() if of["harm_rate"] is not None}
+    """From the first model to the last that was trained."""
+    found = {m: of for m, of in found.items() if of["harm_rate"] is not None and m in canvas.trained(found)}
     if len(found) < 2:
         return None
     (first, a), *_, (last, b) = found.items()
@@ -133,6 +134,15 @@ def plane(r: Run) -> Html | None:
     parents = {"sl_cai": "base", "dpo_cai": "sl_cai", "rl_cai": OF_INIT[r.cfg.ppo.init]}
     caption = "Better is up and to the right. Lines are 95% intervals, arrows lead from a model to the one trained from it."
     return draw(r, "plane", figures.plane(r.models, parents), caption)
+
+
+def of_the_paper(r: Run) -> list | None:
+    """What `cai report` draws of one run."""
+    group = [runs.Group("", (runs.Run(r.folder, r.cfg),))]
+    blocks = [[tag("h3", p.title), draw(r, p.key, p.figure, p.caption)] for p in gallery.pictures(group)]
+    return blocks + [
+        [tag("h3", t.title), table(t.header, t.rows), tag("p", t.caption, class_="note")] for t in tables.tables(group)
+    ]
 
 
 def categories(r: Run) -> Html | None:
@@ -195,12 +205,6 @@ def answers(r: Run) -> list:
     return blocks
 
 
-def answer(name: str, t: dict) -> Html:
-    bad = t["verdict"]["harm"] >= 2 or (t["kind"] == "benign" and t["verdict"]["refused"])
-    kind = "complied" if t["kind"] == "harmful" and t["verdict"]["kind"] in ("right", "wrong") else t["verdict"]["kind"]
-    return passage([model(name), " ", tag("small", kind, class_="bad" if bad else None)], t["response"])
-
-
 def transcripts(r: Run) -> list:
     """The first red-team prompts of each category: response, critiques and revisions, the comparison and its judgement."""
     revised = {t["id"]: t for t in r.find("critique", "revisions.jsonl", records.read, [])}
@@ -216,29 +220,6 @@ def transcripts(r: Run) -> list:
     return blocks
 
 
-def revisions(t: dict) -> list:
-    parts = [passage("Response", t["response"])]
-    for n, step in enumerate(t["rounds"], 1):
-        if step["critique"] is not None:
-            parts.append(passage(f"Critique {n}", step["critique"], f"{step['principle']}: {step['critique_request']}"))
-        parts.append(passage(f"Revision {n}", step["revision"], f"{step['principle']}: {step['revision_request']}"))
-    return parts
-
-
-def judgement(t: dict, questions: dict[tuple[str, str], str]) -> list:
-    """Two responses, the label, and the log-probs of both options in both orders for each principle, and judge of a panel."""
-    rows, thoughts = [], []
-    for j in t["judgements"]:
-        shown = (*j["logp_ab"], j["p_ab"], *j["logp_ba"], j["p_ba"], j["p_a"])
-        asked, of = tag("small", questions.get((j.get("constitution", ""), j["principle"]), "")), ("judge", "constitution")
-        rows.append([[" ".join([j["principle"], *(j[k] for k in of if k in j)]), asked], *(f"{x:.2f}" for x in shown)])
-        thoughts += [passage(f"Reasoning, {order} first", x) for order, x in zip("ab", j.get("thoughts", ()), strict=False)]
-    header = ["principle", "a first: log p(A)", "log p(B)", "P(a)", "b first: log p(A)", "log p(B)", "P(a)", "mean P(a)"]
-    bar = tag("div", tag("div", style=f"width:{100 * t['p_a']:.1f}%"), class_="bar")
-    pair = side_by_side([passage(f"Sample {side}", t[f"response_{side}"]) for side in "ab"])
-    return [pair, tag("h4", f"Label: P(a is preferred) = {t['p_a']:.3f}"), bar, thoughts, table(header, rows)]
-
-
 def counts(r: Run) -> Html:
     """What came in, what was left out and why. No times: a run that was killed and resumed ends with the same page."""
     rows = []
@@ -247,14 +228,6 @@ def counts(r: Run) -> Html:
         rest = ", ".join(f"{k.replace('_', ' ')} {plain(v)}" for k, v in c.items() if k not in ("given", "kept", "dropped"))
         rows.append([stage, c.get("given", DASH), c.get("kept", DASH), plain(c.get("dropped") or DASH), rest])
     return table(["stage", "given", "kept", "left out", "also counted"], rows, "prose")
-
-
-def first_per_category(items: list[dict]) -> dict[str, list[dict]]:
-    """The first PER_CATEGORY records of each category, in their order."""
-    out = {}
-    for item in items:
-        out.setdefault(str(item.get("category", "")), []).append(item)
-    return {category: of[:PER_CATEGORY] for category, of in out.items()}
 
 
 def draw(r: Run, name: str, figure, caption: str) -> Html | None:
@@ -268,14 +241,6 @@ def draw(r: Run, name: str, figure, caption: str) -> Html | None:
 def heldout(models: dict) -> dict:
     """Model -> metrics of its sampled answers to held-out prompts."""
     return {m: of["heldout"]["sampled"] for m, of in models.items() if "sampled" in of.get("heldout", {})}
-
-
-def model(name: str) -> Html:
-    return tag("span", canvas.label_of(name), class_="model", style=f"--c:{canvas.colour_of(name)}")
-
-
-def dialogue(messages: list[dict]) -> Html:
-    return join([passage("Human" if m["role"] == "user" else "Assistant", m["content"]) for m in messages])
 
 
 def left_out(r: Run, stage: str) -> str:
@@ -294,6 +259,7 @@ SECTIONS = (  # id, title, function of the run that gives its content, or nothin
     ("reward", "Reward model", reward),
     ("dpo", "DPO", partial(training, stage="dpo", panels=DPO, colour=COLOURS["dpo_cai"])),
     ("ppo", "PPO", partial(training, stage="ppo", panels=PPO, colour=COLOURS["rl_cai"], xlabel="iteration", columns=4)),
+    ("paper", "As the papers have it", of_the_paper),
     ("answers", "Answers to held-out prompts", answers),
     ("transcripts", "From prompt to label", transcripts),
     ("counts", "Counts", counts),

@@ -1,50 +1,8 @@
-"""Every configuration key once: its default, its unit, its meaning.
-
-Each section is a frozen dataclass. `default()` turns the whole into a locked `ConfigDict` that files in `configs/` and
-`--config.section.key=value` change; `section(cfg.sft, SFT)` turns a part of it back at a stage's edge, so that the code of a
-stage reads plain, checked attributes.
-"""
+"""The sections of what is read and of the stages that train."""
 
 from dataclasses import dataclass
 
-from ml_collections import ConfigDict
-
-from cai_jax.sections import to_dict
-
-STAGES = ("pretrain", "critique", "sft", "preferences", "people", "reward", "dpo", "ppo", "evaluate", "benchmarks", "report")
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A model of its own for one part of the method; its keys are those of `Model`, from which it takes nothing over."""
-
-    path: str = ""  # empty: none of its own
-    format: str = "plain"  # chat for an instruct model, whatever model.format is
-    system: str = ""
-
-
-@dataclass(frozen=True)
-class Model:
-    path: str = "cai_jax/miniworld/base"  # Hugging Face folder, or owner/name@revision: the helpful-only base, also the judge
-    format: str = "plain"  # plain: Human/Assistant transcripts; chat: the chat template of the checkpoint's tokenizer
-    system: str = ""  # a system prompt
-    compute_dtype: str = "auto"  # auto: float32 on CPU, bfloat16 on accelerators; frozen weights are of it too
-    trained_dtype: str = "float32"  # of trained weights; bfloat16 rounds each update at random, so that small ones count
-    vocab_multiple: int = 1  # rows of the embedding are padded to a multiple of it, so that a mesh divides them
-    attention: str = "auto"  # auto: the machine's kernels | cudnn: GPU | splash: TPU | xla, which does what those cannot
-    remat: str = "none"  # none | full: recompute each layer in the backward pass, a third more time | dots: keep products
-    sequence: str = "whole"  # split: between layers, tokens lie along the mesh's model axis, so that longer texts fit
-    layers: str = "scanned"  # scanned: one layer is compiled, for any depth | unrolled: all are, to be faster on some machines
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Low-rank adapters (2106.09685): the stages train these beside the frozen weights of the model that they start from."""
-
-    rank: int = 0  # 0: none, every weight is trained
-    alpha: float = 16.0  # the product of an adapter's two matrices counts alpha / rank times
-    targets: str = "attention/[qkvo]|mlp/(gate|up|down)"  # regular expression on our names: which matrices get one
-    stages: tuple[str, ...] = ("sft", "reward", "dpo", "ppo")  # which train adapters; the others train every weight
+from cai_jax.config.parts import Checkpoint, Optimizer, Sampling
 
 
 @dataclass(frozen=True)
@@ -56,7 +14,7 @@ class Data:
     max_helpful: int = 0  # likewise
     max_comparisons: int = 0  # likewise
     max_prompt: int = 0  # tokens; longer prompts are left out and counted; 0: a prompt that does not fit is an error
-    max_pair: int = 0  # tokens of prompt and response; comparisons with more are left out and counted; 0: the context
+    max_pair: int = 0  # tokens of prompt and response; comparisons and attempts with more are left out, counted; 0: the context
     human_share: float = 0.0  # at most, of all comparisons; human ones beyond it are left out; 0: all of them are used
 
 
@@ -65,30 +23,6 @@ class ConstitutionFile:
     path: str = "constitutions/miniworld.toml"
     exclude: tuple[str, ...] = ()  # principles that are left out, by category or id (ablation)
     corrupt: tuple[str, ...] = ()  # principles whose words are put in a meaningless order, likewise
-
-
-@dataclass(frozen=True)
-class Sampling:
-    temperature: float = 1.0  # 0: greedy
-    top_p: float = 1.0  # nucleus mass; 1: off
-    top_k: int = 0  # the likeliest tokens that are left; 0: all
-    min_p: float = 0.0  # least probability that is left, as a share of the likeliest token's
-    max_tokens: int = 32  # per sampled text, EOS included
-    batch_size: int = 128  # rows decoded together
-    cache: str = "auto"  # keys and values are kept in the compute dtype | bfloat16 | int8: in half of that, less exactly
-    gather: bool = True  # put weights split along fsdp together once; False: at every token, in less memory
-
-
-@dataclass(frozen=True)
-class Optimizer:
-    learning_rate: float = 1e-3  # peak
-    warmup_steps: int = 0
-    final_ratio: float = 0.1  # learning rate at the end / peak, reached by a cosine; 1: constant
-    b1: float = 0.9
-    b2: float = 0.98
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0  # global gradient norm
 
 
 @dataclass(frozen=True)
@@ -163,6 +97,7 @@ class Preferences:
     clamp: tuple[float, float] = (0.4, 0.6)  # of chain-of-thought labels only (paper 4.1)
     few_shot: str = ""  # TOML of examples put before every comparison; empty: none
     score_batch: int = 128  # contexts scored together, where all are as long as the longest
+    thoughts: int = 1  # chains of thought per judgement; the mean of their probabilities is what is clamped (paper 2: 5)
     thought: Sampling = Sampling(max_tokens=40)
     sampling: Sampling = Sampling()
 
@@ -234,55 +169,3 @@ class DPO:
     microbatches: int = 1
     checkpoint_every: int = 25
     optimizer: Optimizer = Optimizer(learning_rate=2e-4, warmup_steps=3)
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    redteam: str = "cai_jax/miniworld/data/redteam_eval.jsonl"  # a sample of the pipeline's own prompts, both kinds
-    heldout: str = "cai_jax/miniworld/data/heldout.jsonl"  # prompts whose items no stage has seen
-    limit: int = 0  # prompts per set, taken evenly; 0: all
-    sampling: Sampling = Sampling(batch_size=256)
-
-
-@dataclass(frozen=True)
-class Benchmarks:
-    sets: tuple[str, ...] = ()  # local files of public evaluation sets, as published; see evals/formats.py
-    limit: int = 0  # records per set, taken evenly; 0: all
-    score_batch: int = 64  # see preferences.score_batch
-    sampling: Sampling = Sampling(max_tokens=256)
-
-
-@dataclass(frozen=True)
-class Study:
-    """`cai run` of a configuration with variants is a run of each at every seed, and a page of what they have in common."""
-
-    variants: tuple[str, ...] = ()  # "NAME KEY=VALUE ...": each a configuration otherwise like this one
-    seeds: int = 1  # from `seed` on
-    claims: tuple[str, ...] = ()  # "TEXT: METRIC WHO [@ VARIANT] > METRIC WHO [@ VARIANT]", see evals/claims.py
-
-
-@dataclass(frozen=True)
-class Config:
-    stages: tuple[str, ...] = ("critique", "sft", "preferences", "reward", "ppo", "evaluate", "report")  # in this order
-    seed: int = 0  # of all sampling, shuffling and initialisation
-    mesh: tuple[int, int, int] = (-1, 1, 1)  # devices along ("data", "fsdp", "model"); one may be -1: what is left
-    model: Model = Model()
-    lora: Lora = Lora()
-    data: Data = Data()
-    constitution: ConstitutionFile = ConstitutionFile()
-    pretrain: Pretrain = Pretrain()
-    critique: Critique = Critique()
-    sft: SFT = SFT()
-    preferences: Preferences = Preferences()
-    people: People = People()
-    reward: Reward = Reward()
-    dpo: DPO = DPO()
-    ppo: PPO = PPO()
-    evaluate: Evaluate = Evaluate()
-    benchmarks: Benchmarks = Benchmarks()
-    study: Study = Study()
-
-
-def default() -> ConfigDict:
-    """The default configuration as a ConfigDict; keys can be changed, none can be added."""
-    return to_dict(Config()).lock()

@@ -1,0 +1,125 @@
+"""What training cost in KL, best-of-n, ratings and scores by round: which texts are asked about, and what is made of them."""
+
+import math
+
+import numpy as np
+import pytest
+
+from cai_jax import checks
+from cai_jax.config import Config, default
+from cai_jax.sections import section
+from cai_jax.stages import evaluate
+from cai_jax.workdir import write_json
+
+TODO = [{"id": str(n), "kind": "harmful" if n < 9 else "benign", "messages": []} for n in range(18)]
+DEFAULT = section(default(), Config)
+
+
+def config(**keys):
+    cfg = default()
+    for section_, of in keys.items():
+        cfg[section_].update(**of)
+    return checks.resolve(cfg)
+
+
+@pytest.fixture
+def lms(monkeypatch):
+    """Models are their names; they have the templates of their names."""
+
+    class Law:
+        def __init__(self, name):
+            self.templates = f"templates of {name}"
+
+    monkeypatch.setattr(evaluate, "load_constitution", lambda cfg, name: Law(name))
+    monkeypatch.setattr(evaluate, "load_lm", lambda cfg, workdir, mesh, name: name)
+    monkeypatch.setattr(evaluate, "load_scorer", lambda cfg, workdir, mesh, name: name)
+    monkeypatch.setattr(evaluate, "ready", lambda lm, gather: lm)
+
+
+def test_kl_is_the_mean_log_ratio_of_a_models_own_answers(lms, monkeypatch):
+    said, asked = {m: [f"{m} {n}" for n in range(18)] for m in ("base", "sl_cai", "rl_cai")}, []
+    of = {("sl_cai", "sl_cai"): -3.0, ("sl_cai", "base"): -10.0, ("rl_cai", "rl_cai"): -2.0}
+    of |= {("rl_cai", "sl_cai"): -4.5, ("rl_cai", "base"): -20.0}
+
+    def likelihood(lm, templates, todo, texts, batch_size, mesh):
+        assert templates == f"templates of {lm}" and todo == TODO
+        whose = texts[0].split()[0]
+        asked.append((whose, lm))
+        return of[whose, lm] + np.arange(18) % 2 * (whose == lm)
+
+    monkeypatch.setattr(evaluate, "likelihood", likelihood)
+    found = evaluate.divergences(DEFAULT, None, None, TODO, said)
+    assert sorted(asked) == sorted(of)  # no text is scored twice
+    assert {m: {k: x["mean"] for k, x in kl.items()} for m, kl in found.items()} == {
+        "sl_cai": {"base": 7.5, "start": 7.5},
+        "rl_cai": {"base": 18.5, "start": 3.0},
+    }
+    low, high = found["rl_cai"]["start"]["interval"]
+    assert high - low == pytest.approx(2 * 2.109816 * 0.5145 / math.sqrt(18), rel=1e-3) and (low + high) / 2 == 3.0
+    cold = config(evaluate={"sampling": {"temperature": 0.7}})
+    assert evaluate.divergences(cold, None, None, TODO, said) == {} == evaluate.divergences(DEFAULT, None, None, TODO[:7], said)
+
+
+def test_best_of_n_is_the_answer_that_scores_highest_among_the_first_n(lms, monkeypatch):
+    drawn = []
+
+    def answers(cfg, lm, templates, todo, sampling, journal, mesh, tag):
+        drawn.append(tag)
+        return [f"{tag} to {p['id']}" for p in todo]
+
+    score_NP = np.random.default_rng(0).normal(size=(9, 18))
+
+    def rated(lm, templates, todo, texts, batch_size, mesh):
+        assert lm == "reward" and templates == "templates of reward"
+        return score_NP[int(texts[0].split("-")[-1].split()[0])]
+
+    monkeypatch.setattr(evaluate, "answers", answers)
+    monkeypatch.setattr(evaluate, "rated", rated)
+    found = evaluate.best_of(config(evaluate={"best_of": 9}), None, None, TODO, None)
+    assert list(found) == [2, 4, 8] and len(drawn) == len(set(drawn)) == 9
+    assert all(tag.startswith("heldout-sl_cai-") for tag in drawn)
+    for n, texts in found.items():
+        assert texts == [f"heldout-sl_cai-{score_NP[:n, p].argmax()} to {p}" for p in range(18)]
+    assert evaluate.best_of(DEFAULT, None, None, TODO, None) == {}
+    from_base = config(evaluate={"best_of": 2}, ppo={"init": "base"})
+    drawn.clear()
+    evaluate.best_of(from_base, None, None, TODO, None)
+    assert drawn == ["heldout-base-0", "heldout-base-1"]
+
+
+def test_best_of_n_wants_a_reward_model():
+    cfg = default()
+    cfg.stages, cfg.evaluate.best_of = ("critique", "sft", "evaluate"), 4
+    with pytest.raises(checks.ConfigError, match="reward, which evaluate reads"):
+        checks.resolve(cfg)
+
+
+def test_ratings_stand_at_every_answer_and_their_means_are_of_harmful_prompts(lms, monkeypatch):
+    rows = [p | {"model": m, "set": "heldout", "mode": "sampled", "response": m} for m in ("base", "rl_cai") for p in TODO]
+    results = {m: {"heldout": {"sampled": {}}, "kl": {}} for m in ("base", "rl_cai")}
+    of = {"base": 3.0, "rl_cai": 1.0}
+
+    def rated(lm, templates, todo, texts, batch_size, mesh):
+        return np.array([of[x] - (p["kind"] == "benign") for p, x in zip(todo, texts, strict=True)])
+
+    monkeypatch.setattr(evaluate, "rated", rated)
+    evaluate.add_ratings(DEFAULT, None, None, results, rows)
+    assert [r["rating"] for r in rows[7:11]] == [3.0, 3.0, 2.0, 2.0]
+    assert {m: r["heldout"]["sampled"]["rating"]["mean"] for m, r in results.items()} == of
+
+
+def test_scores_by_round_are_of_each_rounds_texts_in_the_reward_models_deviations(lms, monkeypatch, tmp_path):
+    (tmp_path / "reward").mkdir()
+    write_json(tmp_path / "reward/done.json", {"outputs": {"scale": {"mean": 2.0, "std": 4.0}}, "counts": {}})
+    value = {"response": 2.0, "first": 6.0, "second": 10.0}
+    monkeypatch.setattr(evaluate, "rated", lambda lm, t, todo, texts, *_: np.array([value[x] for x in texts]))
+    revised = [p | {"response": "response", "rounds": [{"revision": "first"}, {"revision": "second"}]} for p in TODO]
+    found = evaluate.scores_by_round(DEFAULT, tmp_path, None, revised)
+    assert found == {"score": [0.0, 1.0, 2.0], "score_interval": [[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]]}
+    assert evaluate.scores_by_round(config_without_reward(), tmp_path, None, revised) == {}
+
+
+def config_without_reward():
+    cfg = default()
+    cfg.stages = ("critique", "sft", "evaluate")
+    return checks.resolve(cfg)
