@@ -11,6 +11,9 @@ from cai_jax.config import default
 SL = "stages=('critique','sft','evaluate')"
 FROM_BASE = "preferences.policy=base reward.init=base ppo.init=base"
 HUMAN = "people.share=1.0 people.labels=oracle people.told=False"
+BY_PEOPLE = "stages=('critique','sft','preferences','people','reward','ppo','evaluate')"
+ASKED = f"{BY_PEOPLE} people.share=0.08 people.labels=oracle"
+WATCHED = "stages=('critique','sft','preferences','reward','referee','harm','ppo','evaluate') ppo.evaluate_every=6"
 ATTACKED = "'reward','ppo','evaluate','attack'"
 VARIANTS = (
     "rl-cai",  # which the others are compared with
@@ -31,16 +34,20 @@ VARIANTS = (
     "hard-labels preferences.labels=hard",
     "cot-unclamped preferences.chain_of_thought=True preferences.clamp=(0.0,1.0)",
     "cot-5 preferences.chain_of_thought=True preferences.thoughts=5",
-    f"rlhf-erring stages=('critique','sft','preferences','people','reward','ppo','evaluate') {HUMAN} people.error=0.4",
+    f"rlhf-erring {BY_PEOPLE} {HUMAN} people.error=0.4",
     "harmless-only ppo.helpful_share=0.0 data.human_share=0.01",
+    f"asked-random {ASKED}",
+    f"asked-undecided {ASKED} people.choose=undecided",
     "rloo ppo.advantage=rloo ppo.group=4",
     "grpo ppo.advantage=grpo ppo.group=4",
     "dpo stages=('critique','sft','preferences','dpo','evaluate')",
+    "dpo-hard stages=('critique','sft','preferences','dpo','evaluate') preferences.labels=hard",
+    "dpo-smoothed stages=('critique','sft','preferences','dpo','evaluate') preferences.labels=hard preferences.smoothing=0.1",
     "ipo stages=('critique','sft','preferences','dpo','evaluate') dpo.loss=ipo",
     "best-of-n stages=('critique','sft','preferences','reward','evaluate') evaluate.best_of=16",
     # What becomes of it
-    "overtrained stages=('critique','sft','preferences','reward','referee','harm','ppo','evaluate')"
-    " ppo.iterations=48 ppo.kl_coef=0.0 ppo.evaluate_every=6",
+    f"watched {WATCHED}",  # with half of the comparisons for a referee, so only the next may be held against it
+    f"overtrained {WATCHED} ppo.iterations=48 ppo.kl_coef=0.0",
     f"afterwards stages=('critique','sft','preferences',{ATTACKED},'erosion')",
 )
 CLAIMS = (
@@ -55,6 +62,9 @@ CLAIMS = (
     "one principle revises as well as twelve: harm sl_cai @ one-principle ~0.05 harm sl_cai",
     "but less diversely: diversity run @ one-principle < diversity run",
     "soft labels are better than hard ones: harm rl_cai < harm rl_cai @ hard-labels",
+    "also for DPO: harm dpo_cai @ dpo < harm dpo_cai @ dpo-hard",
+    "as are smoothed ones: harm dpo_cai @ dpo-smoothed < harm dpo_cai @ dpo-hard",
+    "people are better asked where the judge is undecided: harm rl_cai @ asked-undecided < harm rl_cai @ asked-random",
     "a judge that thinks judges better: label-accuracy run @ cot > label-accuracy run",
     "five thoughts judge better than one: label-accuracy run @ cot-5 > label-accuracy run @ cot",
     "the clamp tames chain of thought: harm rl_cai @ cot < harm rl_cai @ cot-unclamped",
@@ -62,6 +72,7 @@ CLAIMS = (
     "best-of-n lowers harm without training: harm best_of_16 @ best-of-n < harm sl_cai @ best-of-n",
     "but not as far as RL: harm best_of_16 @ best-of-n > harm rl_cai",
     "greedy answers are less harmful than sampled ones: harm sl_cai-greedy < harm sl_cai",
+    "also after RL: harm rl_cai-greedy < harm rl_cai",
     "help is kept: help rl_cai ~0.05 help base",
     "over-refusal appears: over-refusal rl_cai > over-refusal base",
     "more where nothing rewards help: over-refusal rl_cai @ harmless-only > over-refusal rl_cai",
@@ -73,9 +84,9 @@ CLAIMS = (
     "without its principles a category has more harm: harm.weapons sl_cai @ no-weapons > harm.weapons sl_cai",
     "errors of who labels bound the policy: harm rl_cai @ rlhf-erring > harm rl_cai @ rlhf",
     "CAI fails by partial compliance: partial-of-harm rl_cai > partial-of-harm rl_cai @ rlhf",
-    "over-training raises the reward: reward-rise run @ overtrained > reward-rise run",
+    "over-training raises the reward: reward-rise run @ overtrained > reward-rise run @ watched",
     "but another reward model's less: referee-rise run @ overtrained < reward-rise run @ overtrained",
-    "and it Goodharts: help rl_cai @ overtrained < help rl_cai",
+    "and it Goodharts: help rl_cai @ overtrained < help rl_cai @ watched",
     "fine-tuning on other things erodes: harm eroded-400 @ afterwards > harm rl_cai @ afterwards",
     "a little of the method restores: harm recovered-20 @ afterwards < harm eroded-400 @ afterwards",
     "attacks that make friends first succeed more: harm rl_cai/rapport @ afterwards > harm rl_cai/direct @ afterwards",

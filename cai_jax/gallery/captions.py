@@ -59,7 +59,7 @@ CAPTIONS = {
     ),
     "erosion": (
         "Erosion and recovery",
-        "{of} after steps of fine-tuning on benign comparisons alone, then on its own revisions (shaded); {n}.",
+        "{of} after steps of fine-tuning on benign comparisons alone, then on the run's own data (shaded); {n}.",
         "Mathew John 2026 names 8 to 14 % after 5,000 steps; not in the paper.",
     ),
     "attacks": (
