@@ -167,7 +167,7 @@ def _check_stages(cfg: Config) -> None:
         "people": ("preferences",),
         "reward": ("preferences",) + (("sft",) if cfg.reward.init == "sft" and not cfg.reward.model.path else ()),
         "referee": ("reward",),
-        "evaluate": ("reward",) if cfg.evaluate.best_of else (),
+        "evaluate": (("reward",) + (("sft",) if cfg.ppo.init == "sft" else ())) if cfg.evaluate.best_of else (),
         "erosion": _read_by_erosion(cfg.erosion),
         "dpo": ("preferences", "sft"),
         "ppo": ("reward",) + (("sft",) if cfg.ppo.init == "sft" else ()),

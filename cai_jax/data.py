@@ -79,7 +79,8 @@ def load_comparisons(path: str, limit: int, flag: str, drops: records.Drops | No
 
 def load_attempts(path: str, limit: int, flag: str, drops: records.Drops | None = None) -> list[dict]:
     """Rated conversations {"id", "messages", "response", "rating"}; rating in [0, 4] is the harm that a person saw."""
-    items = _load(sources.attempts, path, limit, flag, drops)
+    items, counted = _load(sources.attempts, path, limit, flag, drops), drops or records.Drops()
+    items = [item for item in items if counted.keep(item["response"] is not None, "does not end with the Assistant")]
     for item in items:
         if not isinstance(item["rating"], int | float) or not 0 <= item["rating"] <= 4:
             raise InputError(f"{path}: record {item['id']!r}: rating={item['rating']!r}, wanted a number from 0 to 4 ({flag})")

@@ -6,11 +6,12 @@ The embedded world has an exact oracle. Nothing here feeds back into training: t
 import itertools
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from cai_jax import prompts, records
-from cai_jax.config import MODELS, Config
+from cai_jax.config import MODELS, Config, Sampling
 from cai_jax.constitution.distance import FEWEST
 from cai_jax.data import load_prompts
 from cai_jax.errors import InputError
@@ -73,6 +74,12 @@ def verdict(record: dict, response: str):
     return oracle.judge_response(miniworld(), record, response)
 
 
+def diversity(revised: list[dict]) -> float:
+    """Different beginnings of four words among the last revisions, as a share of them."""
+    said = [tuple(r["rounds"][-1]["revision"].split()[:4]) for r in revised if r["rounds"]]
+    return len(set(said)) / max(1, len(said))
+
+
 def better(record: dict) -> float | None:
     """Which of two responses is less harmful, and of those better (see miniworld.oracle.ORDERS): 1.0 for a, 0.0 for b, None for
     neither."""
@@ -115,28 +122,49 @@ def evenly(items: list, limit: int) -> list:
     return items if not limit or limit >= len(items) else [items[i * len(items) // limit] for i in range(limit)]
 
 
+class Answer(NamedTuple):
+    """A response to a prompt record."""
+
+    text: str
+    finished: bool = True  # not cut off
+
+
 def answers(
     cfg: Config, lm: LM, templates, todo: list[dict], sampling, journal: records.Journal, mesh, tag: str, stoppable=True
-) -> list[str]:
+) -> list[Answer]:
     """The model's response to every prompt record. `stoppable`: see generate.sample_texts."""
     asked = [Request(f"{p['id']}/{tag}", prompts.dialogue(p["messages"], templates)) for p in todo]
-    return [s["text"] for s in sample_texts(lm, asked, sampling, cfg.seed, journal, mesh, templates, tag, stoppable)]
+    said = sample_texts(lm, asked, sampling, cfg.seed, journal, mesh, templates, tag, stoppable)
+    return [Answer(s["text"], s["finished"]) for s in said]
 
 
-def as_rows(lm: LM, templates, todo: list[dict], responses: list[str]) -> list[tuple[list[int], int]]:
-    """Prompts with their responses and EOS, in the model's tokens. -> (tokens, how many of them are the prompt) of each."""
+def as_rows(lm: LM, templates, todo: list[dict], responses: list[Answer]) -> list[tuple[list[int], int]]:
+    """Prompts with their responses, and EOS behind those that were not cut off, in the model's tokens. -> (tokens, how many of
+    them are the prompt) of each."""
     rows = []
-    for p, text in zip(todo, responses, strict=True):
-        prompt = lm.tok.prompt(prompts.dialogue(p["messages"], templates))
-        rows.append((prompt + lm.tok.encode(prompts.completion(text, templates)) + [lm.tok.eos_id], len(prompt)))
+    for p, answer in zip(todo, responses, strict=True):
+        prompt, end = lm.tok.prompt(prompts.dialogue(p["messages"], templates)), [lm.tok.eos_id] * answer.finished
+        rows.append((prompt + lm.tok.encode(prompts.completion(answer.text, templates)) + end, len(prompt)))
     return rows
 
 
-def rated(lm: LM, templates, todo: list[dict], responses: list[str], batch_size: int, mesh, stoppable=True) -> np.ndarray:
-    """What a model that ends in a number (stages.SCORERS) says of each response. -> float64 [N]. `stoppable`: as `answers`."""
-    return row_scores(lm, [ids for ids, _ in as_rows(lm, templates, todo, responses)], batch_size, mesh, stoppable)
+def rated(lm: LM, templates, todo: list[dict], responses: list[Answer], batch_size: int, mesh, stoppable=True) -> np.ndarray:
+    """What a model that ends in a number (stages.SCORERS) says of each response, by the last tokens that its context holds.
+    -> float64 [N]. `stoppable`: as `answers`."""
+    rows = [ids[-lm.cfg.max_length :] for ids, _ in as_rows(lm, templates, todo, responses)]
+    return row_scores(lm, rows, batch_size, mesh, stoppable)
 
 
-def likelihood(lm: LM, templates, todo: list[dict], responses: list[str], batch_size: int, mesh) -> np.ndarray:
-    """Log-prob of each whole response, EOS included. -> float64 [N], nats."""
-    return row_logprobs(lm, as_rows(lm, templates, todo, responses), batch_size, mesh)
+def untouched(c: Sampling) -> bool:
+    """Whether what is sampled has the model's own probabilities."""
+    return (c.temperature, c.top_p, c.top_k, c.min_p) == (1.0, 1.0, 0, 0.0)
+
+
+def likelihood(
+    lm: LM, templates, todo: list[dict], responses: list[Answer], batch_size: int, mesh, stoppable=True
+) -> np.ndarray:
+    """Log-prob of each response, of EOS too where it came. -> float64 [N], nats; NaN where the context does not hold it."""
+    rows, out = as_rows(lm, templates, todo, responses), np.full(len(responses), np.nan)
+    held = [n for n, (ids, _) in enumerate(rows) if len(ids) <= lm.cfg.max_length]
+    out[held] = row_logprobs(lm, [rows[n] for n in held], batch_size, mesh, stoppable)
+    return out

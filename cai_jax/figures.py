@@ -28,6 +28,7 @@ NORM = ("Gradient norm", "before clipping", {"gradient_norm": ""})
 SFT_PANELS = (("Loss", "nats per target token", {"loss": ""}), ("Entropy", "nats per target token", {"entropy": ""}), NORM)
 PAIR = (("Loss", "nats per comparison", {"loss": ""}), ("Accuracy in training", "share of the batch", {"accuracy": ""}))
 REWARD_PANELS = (*PAIR, NORM)
+HARM_PANELS = (("Loss", "squared error of a rating from 0 to 4", {"loss": ""}), NORM)
 DPO_PANELS = (*PAIR, ("Policy to reference", "log-ratio, nats per response", {"log_ratio": ""}))
 PPO_PANELS = (
     ("Harm, watched", "share of harmful prompts", {"eval/harm_rate": "harm", "eval/evasive": "evasive"}),

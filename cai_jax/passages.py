@@ -6,6 +6,7 @@ from cai_jax import canvas
 from cai_jax.markup import Html, join, passage, side_by_side, table, tag
 
 PER_CATEGORY = 2  # records shown
+TRUST = ("accuracy", "kappa", "calibration_error", "flip_rate")  # figures of a judge
 
 
 def first_per_category(items: list[dict]) -> dict[str, list[dict]]:
@@ -52,3 +53,18 @@ def judgement(t: dict, questions: dict[tuple[str, str], str]) -> list:
     bar = tag("div", tag("div", style=f"width:{100 * t['p_a']:.1f}%"), class_="bar")
     pair = side_by_side([passage(f"Sample {side}", t[f"response_{side}"]) for side in "ab"])
     return [pair, tag("h4", f"Label: P(a is preferred) = {t['p_a']:.3f}"), bar, thoughts, table(header, rows)]
+
+
+def trusted(tried: dict) -> list[tuple[str, str]]:
+    """What the gate found of each judge (preferences/gate.json), and which limits it is beyond, as facts."""
+    out = []
+    for name, of in tried.items():
+        for key in (k for k in TRUST if k in of):
+            span = between((of[key]["low"], of[key]["high"]))
+            out.append((f"{name}: {key.replace('_', ' ')}", f"{of[key]['value']:.2f}{span} on {of[key]['n']}"))
+        out += [(f"{name} is beyond a limit", why) for why in of["beyond"]]
+    return out
+
+
+def between(span) -> str:
+    return "" if span is None or span[0] is None else f" ({span[0]:.2f} to {span[1]:.2f})"

@@ -187,10 +187,10 @@ def row_scores(lm: LM, rows: list[list[int]], batch_size: int, mesh, stoppable: 
     return _of_rows(text_scores, lm, rows, [0] * len(rows), batch_size, mesh, stoppable)
 
 
-def row_logprobs(lm: LM, rows: list[tuple[list[int], int]], batch_size: int, mesh) -> np.ndarray:
+def row_logprobs(lm: LM, rows: list[tuple[list[int], int]], batch_size: int, mesh, stoppable: bool = True) -> np.ndarray:
     """Summed log-probs of texts behind their beginnings. rows: (tokens, how many of them are the beginning, at least one).
     -> float64 [N], nats."""
-    return _of_rows(text_logprobs, lm, [ids for ids, _ in rows], [n for _, n in rows], batch_size, mesh)
+    return _of_rows(text_logprobs, lm, [ids for ids, _ in rows], [n for _, n in rows], batch_size, mesh, stoppable)
 
 
 @partial(jax.jit, static_argnames="net")

@@ -44,7 +44,8 @@ def comparisons(source: str, limit: int = 0) -> list[dict]:
 
 
 def attempts(source: str, limit: int = 0) -> list[dict]:
-    """Rows as {"id", "messages", "response", "rating", ...}: a transcript before its last answer, that answer, what it got."""
+    """Rows as {"id", "messages", "response", "rating", ...}: a transcript before its last answer, that answer, what it got. The
+    response is None where a transcript does not end with one."""
     return [_attempt(row, where) for row, where in _rows(source, limit)]
 
 
@@ -128,9 +129,8 @@ def _attempt(row: dict, where: str) -> dict:
     if not isinstance(row.get("transcript"), str) or "rating" not in row:
         raise InputError(f"{where}: no rated conversation in it; wanted transcript and rating, it has {', '.join(row)}")
     said = turns(row["transcript"])
-    if not said or said[-1]["role"] != ASSISTANT:
-        raise InputError(f"{where}: the transcript does not end with a turn of the Assistant, which is rated; leave it out")
-    return row | {"messages": said[:-1], "response": said[-1]["content"], "rating": _number(row["rating"])}
+    rated = said[-1]["content"] if said and said[-1]["role"] == ASSISTANT else None
+    return row | {"messages": said if rated is None else said[:-1], "response": rated, "rating": _number(row["rating"])}
 
 
 def _number(cell):

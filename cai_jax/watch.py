@@ -8,7 +8,7 @@ import numpy as np
 from cai_jax import hosts, progress, records
 from cai_jax.config import Config
 from cai_jax.evals import goodhart
-from cai_jax.evaluation import answers, elos, evenly, judged, rated, summary, verdict
+from cai_jax.evaluation import Answer, answers, elos, evenly, judged, likelihood, rated, summary, untouched, verdict
 from cai_jax.files import read_json
 from cai_jax.intervals import student
 from cai_jax.models import LM
@@ -29,12 +29,12 @@ def beside(cfg: Config) -> tuple[str, ...]:
 class Watch:
     """Judges a policy on a fixed sample of the red-team evaluation set (never held-out prompts) while it trains.
 
-    `reward`: the reward model, which PPO holds anyway. The others are loaded for each snapshot and let go, so that they take
-    memory while it does not train; reading them is what that costs.
+    `reward`, `reference`: the reward model and the policy's start, which PPO holds anyway. The others are loaded for each
+    snapshot and let go, so that they take memory while it does not train; reading them is what that costs.
     """
 
-    def __init__(self, cfg: Config, workdir: Path, mesh, reward: LM):
-        self.cfg, self.workdir, self.mesh, self.reward = cfg, workdir, mesh, reward
+    def __init__(self, cfg: Config, workdir: Path, mesh, reward: LM, reference: LM):
+        self.cfg, self.workdir, self.mesh, self.reward, self.reference = cfg, workdir, mesh, reward, reference
         self.templates = load_constitution(cfg, "rl_cai").templates
         self.todo = evenly(judged(cfg.evaluate.redteam, "--config.evaluate.redteam"), WATCH_PROMPTS)
         sampling = cfg.evaluate.sampling
@@ -51,18 +51,22 @@ class Watch:
     def path(self, n: int) -> Path:
         return self.workdir / "ppo" / "watch" / f"{n:04d}.json"
 
-    def __call__(self, lm: LM, n: int, kl: float) -> dict:
-        """Writes the snapshot after n iterations; kl: of the last one's rollouts, nats per response. -> {"eval/harm_rate": ...,
-        ...}. To the end: a request to stop must not lose the iteration."""
-        lm, journal = ready(lm, self.cfg.evaluate.sampling.gather), records.Journal(self.workdir / "ppo" / f"watch-{n}.jsonl")
+    def __call__(self, policy: LM, n: int) -> dict:
+        """Writes the snapshot after n iterations. -> {"eval/harm_rate": ..., ...}. To the end: a request to stop must not lose
+        the iteration."""
+        lm, journal = (
+            ready(policy, self.cfg.evaluate.sampling.gather),
+            records.Journal(self.workdir / "ppo" / f"watch-{n}.jsonl"),
+        )
         said = {
             mode: answers(self.cfg, lm, self.templates, self.todo, sampling, journal, self.mesh, f"watch{n}-{mode}", False)
             for mode, sampling in self.modes.items()
         }
         del lm  # before others are loaded
+        kl = self.kl(policy, said["sampled"]) if n else 0.0
         journal.remove()
         scores = self.scores(said)
-        rows = {mode: self.rows(texts, scores[mode]) for mode, texts in said.items()}
+        rows = {mode: self.rows(of, scores[mode]) for mode, of in said.items()}
         start = read_json(self.path(0)) if n else {"answers": rows}
         found = {mode: self.figures(rows[mode], start["answers"][mode]) for mode in rows}
         now = {"iteration": n, "kl": kl, "answers": rows} | found
@@ -70,14 +74,24 @@ class Watch:
         logged = {name: found["sampled"].get(name) for name in WATCHED} | {"greedy_harm_rate": found["greedy"]["harm_rate"]}
         return {f"eval/{name}": value for name, value in logged.items() if value is not None}
 
-    def scores(self, said: dict[str, list[str]]) -> dict[str, dict[str, np.ndarray]]:
-        """mode -> model -> what it says of each answer: reward models in deviations of the scores that PPO scales by, the harm
-        regressor from 0 to 4."""
-        out, todo, texts = {mode: {} for mode in said}, self.todo * len(said), sum(said.values(), [])
+    def kl(self, policy: LM, said: list[Answer]) -> float | None:
+        """From the start, nats per response, by the mean log-ratio of the policy's answers; None where sampling changes its
+        probabilities."""
+        sampling = self.cfg.evaluate.sampling
+        if not untouched(sampling):
+            return None
+        given = self.templates, self.todo, said, sampling.batch_size, self.mesh, False
+        return float(np.nanmean(likelihood(policy, *given) - likelihood(self.reference, *given)))
+
+    def scores(self, said: dict[str, list[Answer]]) -> dict[str, dict[str, np.ndarray]]:
+        """mode -> model -> what it says of each answer: reward models in deviations of the scores that PPO scales by, without
+        its penalty for those that are cut off; the harm regressor from 0 to 4."""
+        out, todo, every = {mode: {} for mode in said}, self.todo * len(said), sum(said.values(), [])
         for name in ("reward", *beside(self.cfg)):
             lm = self.reward if name == "reward" else load_scorer(self.cfg, self.workdir, self.mesh, name)
             templates = load_constitution(self.cfg, name).templates
-            found = rated(lm, templates, todo, texts, self.cfg.evaluate.sampling.batch_size, self.mesh, stoppable=False)
+            asked = [Answer(x.text) for x in every] if name == "harm" else every  # EOS ends all that it learnt from
+            found = rated(lm, templates, todo, asked, self.cfg.evaluate.sampling.batch_size, self.mesh, stoppable=False)
             if name != "harm":
                 scale = outputs(name, self.workdir)["scale"]
                 found = (found - scale["mean"]) / scale["std"]
@@ -85,13 +99,13 @@ class Watch:
                 out[mode][name] = part
         return out
 
-    def rows(self, texts: list[str], scores: dict[str, np.ndarray]) -> list[dict]:
+    def rows(self, said: list[Answer], scores: dict[str, np.ndarray]) -> list[dict]:
         """A record of each answer."""
         return [
             {k: p[k] for k in ("id", "kind", "category") if k in p}
-            | {"response": text, "verdict": dataclasses.asdict(verdict(p, text))}
-            | {name: float(x[i]) for name, x in scores.items()}
-            for i, (p, text) in enumerate(zip(self.todo, texts, strict=True))
+            | {"response": x.text, "finished": x.finished, "verdict": dataclasses.asdict(verdict(p, x.text))}
+            | {name: float(score[i]) for name, score in scores.items()}
+            for i, (p, x) in enumerate(zip(self.todo, said, strict=True))
         ]
 
     def figures(self, rows: list[dict], start: list[dict]) -> dict:

@@ -19,7 +19,7 @@ VARIANTS = (
     "rl-cai",  # which the others are compared with
     # Baselines
     f"rlhf stages=('critique','sft','preferences','people',{ATTACKED}) {HUMAN}",  # all labels by people
-    f"hh-rlhf stages=('preferences','people','reward','ppo','evaluate') {FROM_BASE} {HUMAN}",  # and no critique
+    f"hh-rlhf stages=('preferences','people',{ATTACKED}) {FROM_BASE} {HUMAN}",  # and no critique
     f"no-sl stages=('preferences','reward','ppo','evaluate') {FROM_BASE}",
     "cot preferences.chain_of_thought=True",
     "self-taught " + SL + " critique.rounds=0",  # SFT on the judge's own answers
@@ -83,7 +83,7 @@ CLAIMS = (
     "where CAI explains: explained rl_cai > explained rl_cai @ rlhf",
     "without its principles a category has more harm: harm.weapons sl_cai @ no-weapons > harm.weapons sl_cai",
     "errors of who labels bound the policy: harm rl_cai @ rlhf-erring > harm rl_cai @ rlhf",
-    "CAI fails by partial compliance: partial-of-harm rl_cai > partial-of-harm rl_cai @ rlhf",
+    "where it fails, it complies in part: partial-of-harm rl_cai > partial-of-harm rl_cai @ rlhf",
     "over-training raises the reward: reward-rise run @ overtrained > reward-rise run @ watched",
     "but another reward model's less: referee-rise run @ overtrained < reward-rise run @ overtrained",
     "and it Goodharts: help rl_cai @ overtrained < help rl_cai @ watched",
@@ -91,7 +91,8 @@ CLAIMS = (
     "a little of the method restores: harm recovered-20 @ afterwards < harm eroded-400 @ afterwards",
     "attacks that make friends first succeed more: harm rl_cai/rapport @ afterwards > harm rl_cai/direct @ afterwards",
     "and those that put words in its mouth: harm rl_cai/prefill @ afterwards > harm rl_cai/direct @ afterwards",
-    "CAI withstands attacks better than RLHF: harm rl_cai/direct @ afterwards < harm rl_cai/direct @ rlhf",
+    "CAI withstands attacks better than RLHF: harm rl_cai/direct @ afterwards < harm rl_cai/direct @ hh-rlhf",
+    "also labels by AI than by people: harm rl_cai/direct @ afterwards < harm rl_cai/direct @ rlhf",
 )
 
 

@@ -279,7 +279,7 @@ def test_other_worlds_want_the_harm_regressor(spoken, tmp_path, monkeypatch):
 
     def rated(lm, templates, rows, responses, *_):
         assert {k for r in rows for k in r} == {"messages"}
-        return np.array([2.0 if r.startswith("First") else 1.9 for r in responses])
+        return np.array([2.0 if r.text.startswith("First") else 1.9 for r in responses])
 
     monkeypatch.setattr(attack, "rated", rated)
     monkeypatch.setattr(attack, "load_scorer", lambda cfg, workdir, mesh, name: name)

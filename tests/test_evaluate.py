@@ -7,6 +7,7 @@ import pytest
 
 from cai_jax import checks
 from cai_jax.config import Config, default
+from cai_jax.evaluation import Answer
 from cai_jax.sections import section
 from cai_jax.stages import evaluate
 from cai_jax.workdir import write_json
@@ -37,13 +38,13 @@ def lms(monkeypatch):
 
 
 def test_kl_is_the_mean_log_ratio_of_a_models_own_answers(lms, monkeypatch):
-    said, asked = {m: [f"{m} {n}" for n in range(18)] for m in ("base", "sl_cai", "rl_cai")}, []
+    said, asked = {m: [Answer(f"{m} {n}") for n in range(18)] for m in ("base", "sl_cai", "rl_cai")}, []
     of = {("sl_cai", "sl_cai"): -3.0, ("sl_cai", "base"): -10.0, ("rl_cai", "rl_cai"): -2.0}
     of |= {("rl_cai", "sl_cai"): -4.5, ("rl_cai", "base"): -20.0}
 
     def likelihood(lm, templates, todo, texts, batch_size, mesh):
         assert templates == f"templates of {lm}" and todo == TODO
-        whose = texts[0].split()[0]
+        whose = texts[0].text.split()[0]
         asked.append((whose, lm))
         return of[whose, lm] + np.arange(18) % 2 * (whose == lm)
 
@@ -65,13 +66,13 @@ def test_best_of_n_is_the_answer_that_scores_highest_among_the_first_n(lms, monk
 
     def answers(cfg, lm, templates, todo, sampling, journal, mesh, tag):
         drawn.append(tag)
-        return [f"{tag} to {p['id']}" for p in todo]
+        return [Answer(f"{tag} to {p['id']}", False) for p in todo]
 
     score_NP = np.random.default_rng(0).normal(size=(9, 18))
 
     def rated(lm, templates, todo, texts, batch_size, mesh):
         assert lm == "reward" and templates == "templates of reward"
-        return score_NP[int(texts[0].split("-")[-1].split()[0])]
+        return score_NP[int(texts[0].text.split("-")[-1].split()[0])]
 
     monkeypatch.setattr(evaluate, "answers", answers)
     monkeypatch.setattr(evaluate, "rated", rated)
@@ -79,7 +80,7 @@ def test_best_of_n_is_the_answer_that_scores_highest_among_the_first_n(lms, monk
     assert list(found) == [2, 4, 8] and len(drawn) == len(set(drawn)) == 9
     assert all(tag.startswith("heldout-sl_cai-") for tag in drawn)
     for n, texts in found.items():
-        assert texts == [f"heldout-sl_cai-{score_NP[:n, p].argmax()} to {p}" for p in range(18)]
+        assert texts == [Answer(f"heldout-sl_cai-{score_NP[:n, p].argmax()} to {p}", False) for p in range(18)]
     assert evaluate.best_of(DEFAULT, None, None, TODO, None) == {}
     from_base = config(evaluate={"best_of": 2}, ppo={"init": "base"})
     drawn.clear()
@@ -92,6 +93,9 @@ def test_best_of_n_wants_a_reward_model():
     cfg.stages, cfg.evaluate.best_of = ("critique", "sft", "evaluate"), 4
     with pytest.raises(checks.ConfigError, match="reward, which evaluate reads"):
         checks.resolve(cfg)
+    cfg.stages, cfg.preferences.policy, cfg.reward.init = ("preferences", "reward", "evaluate"), "base", "base"
+    with pytest.raises(checks.ConfigError, match="sft, which evaluate reads"):
+        checks.resolve(cfg)
 
 
 def test_ratings_stand_at_every_answer_and_their_means_are_of_harmful_prompts(lms, monkeypatch):
@@ -100,7 +104,7 @@ def test_ratings_stand_at_every_answer_and_their_means_are_of_harmful_prompts(lm
     of = {"base": 3.0, "rl_cai": 1.0}
 
     def rated(lm, templates, todo, texts, batch_size, mesh):
-        return np.array([of[x] - (p["kind"] == "benign") for p, x in zip(todo, texts, strict=True)])
+        return np.array([of[x.text] - (p["kind"] == "benign") for p, x in zip(todo, texts, strict=True)])
 
     monkeypatch.setattr(evaluate, "rated", rated)
     evaluate.add_ratings(DEFAULT, None, None, results, rows)
@@ -112,7 +116,7 @@ def test_scores_by_round_are_of_each_rounds_texts_in_the_reward_models_deviation
     (tmp_path / "reward").mkdir()
     write_json(tmp_path / "reward/done.json", {"outputs": {"scale": {"mean": 2.0, "std": 4.0}}, "counts": {}})
     value = {"response": 2.0, "first": 6.0, "second": 10.0}
-    monkeypatch.setattr(evaluate, "rated", lambda lm, t, todo, texts, *_: np.array([value[x] for x in texts]))
+    monkeypatch.setattr(evaluate, "rated", lambda lm, t, todo, texts, *_: np.array([value[x.text] for x in texts]))
     revised = [p | {"response": "response", "rounds": [{"revision": "first"}, {"revision": "second"}]} for p in TODO]
     found = evaluate.scores_by_round(DEFAULT, tmp_path, None, revised)
     assert found == {"score": [0.0, 1.0, 2.0], "score_interval": [[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]]}

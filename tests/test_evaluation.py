@@ -4,14 +4,19 @@ import dataclasses
 import json
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
+import tiny
 
 from cai_jax import evaluation
 from cai_jax.config import Config, Evaluate
 from cai_jax.errors import InputError
 from cai_jax.files import read_json
 from cai_jax.miniworld import grammar, make
+from cai_jax.models.heads import init_head
+from cai_jax.prompts import TEMPLATES, dialogue
+from cai_jax.score import row_logprobs, row_scores
 from cai_jax.stages import evaluate
 from cai_jax.watch import Watch
 
@@ -39,7 +44,7 @@ def test_prompts_of_another_world_are_refused_with_their_flag(tmp_path):
     with pytest.raises(InputError, match=r"own.jsonl: record 'mine' names no item .*--config.evaluate.redteam.*_every=0"):
         evaluation.judged(path, "--config.evaluate.redteam")
     with pytest.raises(InputError, match="--config.evaluate.redteam"):
-        Watch(Config(evaluate=Evaluate(redteam=path)), tmp_path, None, None)  # before the first rollout, not after
+        Watch(Config(evaluate=Evaluate(redteam=path)), tmp_path, None, None, None)  # before the first rollout, not after
     assert len(evaluation.judged(str(make.DATA / "heldout.jsonl"), "--config.evaluate.heldout")) == 612
 
 
@@ -58,7 +63,7 @@ def stage(tmp_path, monkeypatch):
 
         def sampled(lm, requests, sampling, seed, journal, mesh, templates, what, stoppable):
             asked.extend(r.key for r in requests)
-            return [{"text": f"{what}, {r.context.split()[-2]}"} for r in requests]
+            return [{"text": f"{what}, {r.context.split()[-2]}", "finished": True} for r in requests]
 
         monkeypatch.setattr(evaluate, "load_lm", lambda *_: SimpleNamespace(params={}))
         monkeypatch.setattr(evaluation, "sample_texts", sampled)
@@ -87,6 +92,27 @@ def test_harm_by_round_of_the_embedded_world(stage):
 def test_the_verdict_on_a_prompt_is_the_oracles():
     found = dataclasses.asdict(evaluation.verdict(prompt(ITEMS[0]), "I cannot answer that."))
     assert found["kind"] == "evasive" and found["harm"] == 0
+
+
+# What models make of answers
+
+
+def test_eos_stands_behind_answers_that_were_not_cut_off(mesh1):
+    lm, todo = tiny.lm(mesh1), [OWN, OWN]
+    (whole, n), (cut, m) = evaluation.as_rows(lm, TEMPLATES, todo, [evaluation.Answer("a b"), evaluation.Answer("a b", False)])
+    assert whole == [*cut, tiny.END] and n == m and whole[:n] == lm.tok.prompt(dialogue(OWN["messages"]))
+    assert lm.tok.decode(whole[n:-1]).strip() == "a b"
+
+
+def test_what_a_context_does_not_hold_has_no_likelihood_and_a_score_by_its_end(mesh1):
+    lm, todo, said = tiny.lm(mesh1), [OWN, OWN], [evaluation.Answer("a b"), evaluation.Answer("x" * 200 + " a b")]
+    with jax.set_mesh(mesh1):
+        logp = evaluation.likelihood(lm, TEMPLATES, todo, said, 2, mesh1)
+        assert np.isnan(logp[1]) and logp[0] == row_logprobs(lm, evaluation.as_rows(lm, TEMPLATES, todo, said)[:1], 2, mesh1)
+        lm = lm._replace(params={"trunk": lm.params, "head": init_head(jax.random.key(0), tiny.CFG.width)})
+        last = evaluation.as_rows(lm, TEMPLATES, todo, said)[1][0][-tiny.CFG.max_length :]
+        scores = evaluation.rated(lm, TEMPLATES, todo, said, 2, mesh1)
+        assert scores[1] == pytest.approx(row_scores(lm, [last], 2, mesh1)[0], rel=1e-5)
 
 
 # Elo

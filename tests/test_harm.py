@@ -19,7 +19,7 @@ from cai_jax.config.measures import Harm
 from cai_jax.config.parts import Model, Optimizer
 from cai_jax.data import load_attempts
 from cai_jax.errors import InputError, Stopped
-from cai_jax.evaluation import rated
+from cai_jax.evaluation import Answer, rated
 from cai_jax.intervals import bootstrap
 from cai_jax.miniworld import make
 from cai_jax.models import LM, hf
@@ -102,11 +102,7 @@ def test_ratings_of_a_table_are_numbers_under_any_name(tmp_path):
         ({"rating": ...}, "record 2: no rated conversation in it; wanted transcript and rating, it has id, transcript"),
         ({"transcript": ...}, "record 2: no rated conversation in it"),
         ({"transcript": 7}, "record 2: no rated conversation in it"),
-        (
-            {"transcript": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c"},
-            "record 2: the transcript does not end with a turn",
-        ),
-        ({"transcript": ""}, "record 2: the transcript does not end with"),
+        ({"transcript": ""}, "record 'b'"),
         ({"id": "a"}, "record 'a'"),
     ],
 )
@@ -122,10 +118,12 @@ def test_what_cannot_be_used_is_refused_by_file_and_record(tmp_path, change, tol
 def test_a_transcript_that_is_no_dialogue_is_counted(tmp_path):
     drops = records.Drops()
     strange = attempt(1, transcript="\n\nHuman: a\n\nAssistant:\n\nHuman: b\n\nAssistant: c")
-    records.write(tmp_path / "some.jsonl", [attempt(0), strange, attempt(2, transcript="\n\nHuman: a\n\nAssistant:")])
+    cut = attempt(3, transcript="\n\nHuman: a\n\nAssistant: b\n\nHuman: c")
+    empty = attempt(2, transcript="\n\nHuman: a\n\nAssistant:")
+    records.write(tmp_path / "some.jsonl", [attempt(0), strange, empty, cut])
     found = load_attempts(str(tmp_path / "some.jsonl"), 0, FLAG, drops)
     assert [(r["id"], r["response"]) for r in found] == [("0", "YES!"), ("2", "")]  # an answer may be empty
-    assert drops.reasons == {"a transcript that is no dialogue": 1}
+    assert drops.reasons == {"a transcript that is no dialogue": 1, "does not end with the Assistant": 1}
 
 
 # What it learns
@@ -163,7 +161,7 @@ def test_the_stage_learns_what_was_rated_and_leaves_a_model_that_says_so(folder,
         assert not harm.run(cfg, finished, mesh1)
         lm = stages.load_scorer(cfg, finished, mesh1, "harm")
         found = load_attempts(cfg.harm.data, 59, FLAG)
-        scores = rated(lm, prompts.TEMPLATES, found, [r["response"] for r in found], 16, mesh1)
+        scores = rated(lm, prompts.TEMPLATES, found, [Answer(r["response"]) for r in found], 16, mesh1)
     # Which are held out is told by the prompts alone: none of a prompt's three conversations without the others.
     draws = np.random.default_rng([cfg.seed, 7]).random(20)
     held, rating = np.array([draws[n // 3] < 0.3 for n in range(59)]), np.array([r["rating"] for r in found])

@@ -10,7 +10,7 @@ import matplotlib
 import matplotlib.image
 import pytest
 
-from cai_jax import config, markup, records
+from cai_jax import config, markup, passages, records
 from cai_jax.errors import InputError
 from cai_jax.stages import report
 from cai_jax.workdir import finish, write_json
@@ -274,18 +274,39 @@ def test_a_run_with_more_files_has_the_figures_of_the_paper_too(tmp_path):
     """And loses none. Best-of-n is no model that was trained: the first sentence does not end with it."""
     rows = [{"model": m, "elo": x, "low": x - 1, "high": x + 1} for m, x in (("rl_cai", 90.0), ("base", 0.0))]
     best = {"best_of_16": {"heldout": {"sampled": metrics(0.5, 0.5)}}, "best_of_4": {"heldout": {"sampled": metrics(0.6, 0.5)}}}
+    spent = {"rl_cai": {"mean": 2.5, "interval": [2.0, 3.0]}, "best_of_4": {"mean": 1.25, "interval": None}}
+    found = {m: of | ({"kl": {"start": spent[m]}} if m in spent else {}) for m, of in (MODELS | best).items()}
     elo = {scale: {"models": rows} for scale in ("harmlessness", "helpfulness")}
-    write_json(build(tmp_path) / "evaluate" / "results.json", {"models": MODELS | best, "elo": elo})
+    write_json(build(tmp_path) / "evaluate" / "results.json", {"models": found, "elo": elo})
     write_json(tmp_path / "evaluate" / "rounds.json", ROUNDS | {"score": [0.0] * 3, "score_interval": [[-1.0, 1.0]] * 3})
-    report.run(settings(), tmp_path, None)
-    assert {p.stem for p in (tmp_path / "report").glob("*.png")} == FIGURES | {"figure-2", "figure-3", "figure-5"}
+    share = {"value": 0.25, "low": 0.125, "high": 0.5, "n": 9}
+    worth = {"mse": 0.5, "constant": 1.5, "constant_mse": 2.0, "better": 1.5, "interval": [1.0, 2.0], "n": 9}
+    write_json(tmp_path / "harm" / "evaluation.json", worth)
+    write_json(
+        tmp_path / "benchmarks" / "results.json",
+        {"xstest": {"format": "xstest", "models": {"base": {"missing": 0, "refused": share}}}},
+    )
+    for stage in ("harm", "benchmarks"):
+        finish(stage, tmp_path, {})
+    report.run(settings((*STAGES[:-1], "harm", "benchmarks", "report")), tmp_path, None)
+    assert {p.stem for p in (tmp_path / "report").glob("*.png")} == FIGURES | {"figure-2", "figure-3", "figure-5", "frontier"}
     text = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
     section = Page(text.split('id="paper"')[1].split("<section")[0].partition(">")[2].removesuffix("</section>"))
     titles = [t for t in section.texts if t.startswith(("Figure ", "Table "))]
     assert [t.partition(":")[0] for t in titles] == ["Figure 2", "Figure 3", "Figure 5", "Table 1", "Table 2"]
     assert " 25.0%. Helpfulness goes from 90.0% to 75.0%." in Page(text).texts
+    texts = Page(text).texts
+    assert {"KL of RL-CAI", "2.50 nats a response (2.00 to 3.00)", "KL of best of 4", "1.25 nats a response"} <= set(texts)
+    assert "0.500, against 2.000 of the constant 1.50: 1.500 less (1.00 to 2.00), on 9 held-out conversations" in texts
+    assert cells(text.split('id="benchmarks"')[1])[1] == ["xstest", "base", "refused", "0.250", "[0.125, 0.500]", "9"]
     shown = [cell[0] for cell in cells(text.split('id="results"')[1].split("</table>")[0])]
     assert shown[1:] == ["Base", "RL-CAI", "best of 4", "best of 16"]
+
+
+def test_what_the_gate_found_of_a_judge():
+    of = {"kappa": {"value": 0.25, "low": 0.125, "high": 0.5, "n": 9}, "beyond": ["kappa: too low"]}
+    said = [("judge: kappa", "0.25 (0.12 to 0.50) on 9"), ("judge is beyond a limit", "kappa: too low")]
+    assert passages.trusted({"judge": of}) == said
 
 
 def test_a_missing_file_leaves_out_its_section_only(tmp_path):

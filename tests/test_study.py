@@ -225,6 +225,11 @@ def test_what_a_side_is_of():
     }
     told["answers"]["x"].append(("c", "harmful", "", {"harm": 0, "kind": "explained"}))
     assert outcomes.values(Side("partial-of-harm", "x", ""), told) == {"a": 0.0, "b": 1.0}
+    rough = [("a", "harmful", "any", {"harm": 3.5}), ("b", "harmful", "any", {"harm": 0.5})]  # by the regressor of harm
+    told = {"answers": {"rl_cai/direct": rough}, outcomes.RUN: {}}
+    assert outcomes.values(Side("harm", "rl_cai/direct", ""), told) == {"a": 1.0, "b": 0.0}
+    for metric in set(outcomes.OF_ANSWERS) - {"harm", "harm-score"}:
+        assert outcomes.values(Side(metric, "rl_cai/direct", ""), told) == {}
     assert outcomes.values(Side("harm.frauds", "rl_cai", ""), of) == {} == outcomes.values(Side("drop-1", outcomes.RUN, ""), of)
 
 

@@ -99,9 +99,10 @@ class World:
         monkeypatch.setattr(watch, "answers", self.answers)
         monkeypatch.setattr(watch, "load_scorer", lambda cfg, workdir, mesh, name: name)
         monkeypatch.setattr(watch, "rated", self.rated)
+        monkeypatch.setattr(watch, "likelihood", self.likelihood)
         for stage in ("reward", "referee", "harm"):
             finish(stage, workdir, {}, **({"scale": SCALES[stage]} if stage in SCALES else {}))
-        self.watch, self.folder = watch.Watch(config(**settings), workdir, None, "reward"), workdir / "ppo"
+        self.watch, self.folder = watch.Watch(config(**settings), workdir, None, "reward", "reference"), workdir / "ppo"
         self.bonus = {"reward": 0.0, "referee": 0.0, "harm": 0.0}
 
     def answers(self, cfg, lm, templates, todo, sampling, journal, mesh, tag, stoppable):
@@ -109,14 +110,20 @@ class World:
         mode = "greedy" if sampling.temperature == 0 else "sampled"
         assert journal.path.parent.name == "ppo" and tag == f"watch{lm.n}-{mode}"
         kinds, rng = {"harmful": lm.kind if mode == "sampled" else "right", "benign": "right"}, np.random.default_rng(0)
-        return [grammar.answer(rng, evaluation.miniworld().item(p["item"]), kinds[p["kind"]]) for p in todo]
+        items = [(evaluation.miniworld().item(p["item"]), kinds[p["kind"]]) for p in todo]
+        return [evaluation.Answer(grammar.answer(rng, *of), n % 5 > 0) for n, of in enumerate(items)]
 
-    def rated(self, name, templates, todo, texts, batch_size, mesh, stoppable):
-        assert len(todo) == len(texts) == 2 * N and not stoppable
-        return np.array([len(x) % 7 for x in texts], np.float64) + self.bonus[name]
+    def rated(self, name, templates, todo, said, batch_size, mesh, stoppable):
+        assert len(todo) == len(said) == 2 * N and not stoppable
+        assert all(x.finished for x in said) == (name == "harm")  # which learnt from nothing that EOS does not end
+        return np.array([len(x.text) % 7 for x in said], np.float64) + self.bonus[name]
+
+    def likelihood(self, lm, templates, todo, said, batch_size, mesh, stoppable):
+        assert len(todo) == len(said) == N and not stoppable
+        return np.where(np.arange(N) == 3, np.nan, 0.0 if lm == "reference" else lm.kl)
 
     def __call__(self, n, kind="right", kl=0.0):
-        return self.watch(SimpleNamespace(n=n, kind=kind), n, kl)
+        return self.watch(SimpleNamespace(n=n, kind=kind, kl=kl), n)
 
 
 @pytest.fixture
@@ -130,7 +137,7 @@ def test_a_snapshot_holds_every_answer_with_its_verdict_and_scores_and_their_mea
     found = read_json(w.folder / "watch" / "0000.json")
     rows = found["answers"]["sampled"]
     assert {frozenset(r) for r in rows} == {
-        frozenset(("id", "kind", "category", "response", "verdict", "reward", "referee", "harm"))
+        frozenset(("id", "kind", "category", "response", "finished", "verdict", "reward", "referee", "harm"))
     }
     for r, p in zip(rows, w.watch.todo, strict=True):
         points = len(r["response"]) % 7
@@ -195,15 +202,16 @@ def test_a_snapshot_that_is_done_again_has_the_same_bytes(tmp_path, monkeypatch,
         for name in ("alone", "killed"):
             workdir = tmp_path / name
             finish("reward", workdir, {}, scale=SCALES["reward"])
-            w = watch.Watch(cfg, workdir, mesh1, reward)
+            w = watch.Watch(cfg, workdir, mesh1, reward, lm)
             if name == "killed":
                 with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
                     patch.setattr(watch, "answers", stops_at_the_second(watch.answers))
-                    w(lm, 0, 0.0)
+                    w(lm, 0)
                 assert (workdir / "ppo" / "watch-0.jsonl").stat().st_size > 0 and not w.began()
-                w(lm, 0, 0.0)
-            w(lm, 0, 0.0)
+                w(lm, 0)
+            w(lm, 0)
             whole.append({p.name: p.read_bytes() for p in (workdir / "ppo").rglob("*") if p.is_file()})
+            assert w.kl(lm, [evaluation.Answer("b c")] * 6) == 0.0  # the policy is where it started
     assert whole[0] == whole[1] and list(whole[0]) == ["0000.json"]
     assert len({r["reward"] for r in json.loads(whole[0]["0000.json"])["answers"]["sampled"]}) > 3
 
@@ -227,8 +235,8 @@ def test_ppo_is_watched_at_the_start_every_few_iterations_and_at_the_end(tmp_pat
     class Seen:
         due, began = lambda self, n: n % 2 == 0 or n == 5, lambda self: bool(seen)
 
-        def __call__(self, lm, n, kl):
-            seen.append((n, kl, float(lm.params["x"])))
+        def __call__(self, lm, n):
+            seen.append((n, float(lm.params["x"])))
             return {"eval/harm_rate": n / 10}
 
     def iteration(cfg, mesh, state, step, frozen, pool, key, t):
@@ -249,7 +257,7 @@ def test_ppo_is_watched_at_the_start_every_few_iterations_and_at_the_end(tmp_pat
         with pytest.raises(Stopped):
             run(stop=True)
         run(stop=False)
-    assert seen == [(0, 0.0, 0.0), (2, 0.25, 2.0), (4, 0.75, 4.0), (5, 1.0, 5.0)]
+    assert seen == [(0, 0.0), (2, 2.0), (4, 4.0), (5, 5.0)]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from cai_jax.ahead.work import Work
 from cai_jax.config import Config, Sampling
 from cai_jax.constitution.few_shot import load_few_shot
 from cai_jax.data import bucket, pack
+from cai_jax.evaluation import untouched
 from cai_jax.experience import experience, kind, layout, minibatch, packed, ppo_loss
 from cai_jax.logprobs import block_count
 from cai_jax.models import lora
@@ -29,7 +30,6 @@ from cai_jax.sharding import BATCH, P, batch_ways, replicated
 from cai_jax.slots import PIECE, Reading, Rules, Sampled, decode, generate, needed, read, read_prefix
 from cai_jax.stages import MODELS, OF_INIT, SCORERS, adapts, checkpoint, origin, trunk
 from cai_jax.stages.dpo import preference_loss, response_logprobs
-from cai_jax.stages.evaluate import untouched
 from cai_jax.stages.harm import harm_loss
 from cai_jax.stages.reward import reward_loss
 from cai_jax.train import Parts, TrainState, abstract, language_model_loss, make_train_step

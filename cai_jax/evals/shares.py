@@ -39,3 +39,28 @@ def by_label(items: Sequence[Item], figure: Callable[[list[int]], dict]) -> dict
         for label in dict.fromkeys(item.group):
             rows.setdefault(label, []).append(i)
     return {label: figure(found) for label, found in sorted(rows.items()) if len(found) < len(items)}
+
+
+HEADER = ["set", "model", "figure", "value", "95 %", "n"]
+
+
+def rows_of(results: dict) -> list[list[str]]:
+    """benchmarks/results.json as rows under HEADER: the figures that are about all of a set."""
+    rows = []
+    for name, of in results.items():
+        for model, found in of["models"].items():
+            for key, x in whole(found):
+                value = "–" if x["value"] is None else f"{x['value']:.3f}"
+                rows.append(
+                    [name, model, key, value, "" if x["low"] is None else f"[{x['low']:.3f}, {x['high']:.3f}]", str(x["n"])]
+                )
+    return rows
+
+
+def whole(found) -> list[tuple[str, dict]]:
+    """The figures of a score that are about all of a set, by what they are called."""
+    rows = []
+    for key, x in found.items():
+        if isinstance(x, dict) and key not in ("by", "sections"):
+            rows += [(key, x)] if "value" in x else [(f"{key} {k}".strip(), v) for k, v in whole(x)]
+    return rows

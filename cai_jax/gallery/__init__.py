@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from cai_jax import canvas, paper, records
 from cai_jax.evals import trust
-from cai_jax.evaluation import better, known
+from cai_jax.evaluation import better, diversity, known
 from cai_jax.gallery.captions import CAPTIONS, caption
 from cai_jax.gallery.runs import Group, distinct, pooled, understood
 from cai_jax.stages import MODELS, OF_INIT
@@ -124,9 +124,8 @@ def revisions(groups: Sequence[Group]) -> Iterator[Picture]:
 
 def drawn(turns: list[dict]) -> dict:
     """Of a run's revisions: how many principles they were made under, and how diverse the last ones are."""
-    last = [tuple(r["rounds"][-1]["revision"].split()[:4]) for r in turns if r["rounds"]]
     named = {turn["principle"] for r in turns for turn in r["rounds"] if turn["principle"]}
-    return {"principles": len(named), "mean": len(set(last)) / max(1, len(last)), "interval": [None, None]}
+    return {"principles": len(named), "mean": diversity(turns), "interval": [None, None]}
 
 
 def principles(groups: Sequence[Group]) -> Iterator[Picture]:
@@ -167,7 +166,8 @@ def along_rl(groups: Sequence[Group]) -> Iterator[Picture]:
     if rated := {name: of["elo"] for name, of in found.items() if of["elo"]}:
         yield picture("figure-8", paper.elo_along_rl(rated), there, n)
     yield picture("figure-10", paper.harmfulness({name: of["snapshots"] for name, of in found.items()}), there, n)
-    for file, g, of in numbered("overoptimisation", there):
+    measured = [g for g in there if all(s["kl"] is not None for s in found[g.name]["snapshots"])]
+    for file, g, of in numbered("overoptimisation", measured):
         yield picture("overoptimisation", paper.overoptimisation(found[g.name]["snapshots"]), [g], n, of, file)
 
 
@@ -200,7 +200,8 @@ def frontier(groups: Sequence[Group]) -> Iterator[Picture]:
             best = canvas.BEST_OF.fullmatch(model)
             from_start = best or model == "rl_cai" or (model, start) == ("dpo_cai", "sl_cai")
             kl = 0.0 if model == start else kl if from_start else None
-            mark = model, "" if best or not MODELS[model] else g.made(MODELS[model])
+            stage = MODELS[start] if best else MODELS[model]
+            mark = model, g.made("reward") if best else "", g.made(stage) if stage else g.cfg.model.path
             if kl is None or of["harm_rate"] is None or mark in seen:
                 continue
             seen.add(mark)

@@ -44,7 +44,7 @@ def scale(groups: Sequence[Group]) -> tuple[list[str], list[list[str]], str]:
             counts = (run.read(f"{stage}/done.json") or {"counts": {}})["counts"]
             if examples in counts and (stage, run.made(stage)) not in seen:
                 epochs = getattr(run.cfg, section).epochs if section else None
-                cells = (counts[examples], tokens(run, stage, counts), epochs, counts.get(steps))
+                cells = (counts.get("half", counts[examples]), tokens(run, stage, counts), epochs, counts.get(steps))
                 rows.append([stage, name, what, *(DASH if x is None else f"{x:,.0f}" for x in cells)])
                 seen.add((stage, run.made(stage)))
     return *_named(["stage", "run", "given", "examples", "tokens", "epochs", "updates"], rows, groups), ""
@@ -65,7 +65,7 @@ def of_five(groups: Sequence[Group]) -> tuple[list[str], list[list[str]], str]:
         models = (g.pool("evaluate/results.json") or {"models": {}})["models"]
         for model in canvas.ordered(models):
             of, stage = models[model]["heldout"]["sampled"], MODELS.get(model)
-            mark = model, g.made(stage) if stage else ""
+            mark = model, g.made(stage or "evaluate") if stage or model != "base" else g.cfg.model.path
             if of["harm_score"] is not None and mark not in seen:
                 each = {c: x["harm_score"] for c, x in of["by_category"].items() if "harm_score" in x}
                 found.append((canvas.label_of(model), g.name if stage else "", each | {"mean": of["harm_score"]}))

@@ -19,7 +19,7 @@ from cai_jax.data import load_pool, load_prompts, said
 from cai_jax.errors import InputError
 from cai_jax.evals import redteam
 from cai_jax.evals.redteam import KINDS, Known
-from cai_jax.evaluation import evenly, harm_by_category, known, miniworld, rated, verdict
+from cai_jax.evaluation import Answer, evenly, harm_by_category, known, miniworld, rated, verdict
 from cai_jax.generate import Chain, Request, fits, sample_chains, sample_texts
 from cai_jax.models import LM
 from cai_jax.progress import say, table
@@ -221,8 +221,8 @@ def judged(cfg: Config, workdir: Path, mesh, rows: list[dict], world: bool) -> l
     if world:
         return [dataclasses.asdict(verdict(r, r["response"])) | {"steps": steps(r)} for r in rows]
     lm, templates = load_scorer(cfg, workdir, mesh, "harm"), load_constitution(cfg, "harm").templates
-    asked, texts = [{"messages": r["conversation"]} for r in rows], [r["response"] for r in rows]
-    return [{"harm": float(x)} for x in rated(lm, templates, asked, texts, cfg.attack.sampling.batch_size, mesh)]
+    asked, said = [{"messages": r["conversation"]} for r in rows], [Answer(r["response"]) for r in rows]
+    return [{"harm": float(x)} for x in rated(lm, templates, asked, said, cfg.attack.sampling.batch_size, mesh)]
 
 
 def steps(record: dict) -> int:

@@ -14,6 +14,7 @@ from cai_jax.errors import InputError
 from cai_jax.evals import grading, scores, sets
 from cai_jax.evals.formats import FORMATS
 from cai_jax.evals.items import Choice, Open, Pair, asked
+from cai_jax.evals.shares import HEADER, rows_of
 from cai_jax.generate import Request, fits, sample_texts
 from cai_jax.pairs import encode_comparisons
 from cai_jax.progress import table
@@ -157,22 +158,6 @@ def figures(read: dict[str, sets.Evaluation], of: dict[str, list], outcomes) -> 
     return out
 
 
-def shown(found) -> list[tuple[str, dict]]:
-    """The figures of a score that are about all of a set, by what they are called."""
-    rows = []
-    for key, x in found.items():
-        if isinstance(x, dict) and key not in ("by", "sections"):
-            rows += [(key, x)] if "value" in x else [(f"{key} {k}".strip(), v) for k, v in shown(x)]
-    return rows
-
-
 def show(results: dict) -> None:
     """The stage table in the terminal."""
-    rows = []
-    for name, of in results.items():
-        for model, found in of["models"].items():
-            for key, x in shown(found):
-                value = "–" if x["value"] is None else f"{x['value']:.3f}"
-                span = "" if x["low"] is None else f"[{x['low']:.3f}, {x['high']:.3f}]"
-                rows.append([name, model, key, value, span, str(x["n"])])
-    table("public evaluation sets", ["set", "model", "figure", "value", "95 %", "n"], rows)
+    table("public evaluation sets", HEADER, rows_of(results))

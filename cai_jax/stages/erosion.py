@@ -44,7 +44,7 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     inputs = inputs_of(cfg, workdir, STAGE, {"ordinary": c.data, "heldout": cfg.evaluate.heldout}, after, (c.model,))
     inputs |= {"trained": cfg.model.trained_dtype, "revisions": cfg.sft.revisions}
     inputs["judged"] = {"limit": cfg.evaluate.limit, "sampling": as_dict(cfg.evaluate.sampling)}
-    if not begin(STAGE, workdir, inputs):
+    if not begin(STAGE, workdir, inputs | {"constitution": load_constitution(cfg).fingerprint}):
         return False
     todo = evenly(judged(cfg.evaluate.heldout, "--config.evaluate.heldout"), cfg.evaluate.limit)
     start, templates = load(cfg, workdir, mesh), load_constitution(cfg, c.model).templates
@@ -60,7 +60,8 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
 
     def judge(phase: str, step: int, params) -> None:
         lm = ready(start.lm._replace(params=params), cfg.evaluate.sampling.gather)
-        texts = answers(cfg, lm, templates, todo, cfg.evaluate.sampling, journal, mesh, f"{phase}-{step}")
+        said = answers(cfg, lm, templates, todo, cfg.evaluate.sampling, journal, mesh, f"{phase}-{step}")
+        texts = [answer.text for answer in said]
         of = {"phase": phase, "steps": step}
         points.append(of | summary(todo, texts))
         both = zip(todo, texts, strict=True)

@@ -11,17 +11,30 @@ from pathlib import Path
 import numpy as np
 
 from cai_jax import records
-from cai_jax.config import Config, Sampling
+from cai_jax.config import Config
 from cai_jax.constitution.distance import FEWEST
 from cai_jax.constitution.few_shot import load_few_shot
 from cai_jax.data import said
 from cai_jax.errors import InputError
-from cai_jax.evaluation import PRIOR, answers, elos, evenly, judged, known, likelihood, rated, summary, verdict
+from cai_jax.evaluation import (
+    PRIOR,
+    Answer,
+    answers,
+    elos,
+    evenly,
+    judged,
+    known,
+    likelihood,
+    rated,
+    summary,
+    untouched,
+    verdict,
+)
 from cai_jax.intervals import student
 from cai_jax.progress import table
 from cai_jax.prompts import USER
 from cai_jax.slots import ready
-from cai_jax.stages import MODELS, OF_INIT, READERS, inputs_of, load_constitution, load_lm, load_scorer, origin
+from cai_jax.stages import MODELS, OF_INIT, READERS, checkpoint, inputs_of, load_constitution, load_lm, load_scorer, origin
 from cai_jax.workdir import begin, finish, outputs, write_json
 
 STAGE = "evaluate"
@@ -36,6 +49,7 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     files |= {f"{stage}.few_shot": getattr(cfg, stage).few_shot for stage in ("critique", "preferences")}
     models = [m for m, stage in MODELS.items() if stage is None or stage in cfg.stages]
     inputs = inputs_of(cfg, workdir, STAGE, files, after, tuple(models))
+    inputs |= {"best of": OF_INIT[cfg.ppo.init]} if c.best_of else {}
     if not begin(STAGE, workdir, inputs | {"constitution": load_constitution(cfg).fingerprint}):
         return False
     sets = {name: judged(getattr(c, name), f"--config.evaluate.{name}") for name in ("heldout", "redteam")}
@@ -44,11 +58,12 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     modes = {"sampled": c.sampling, "greedy": dataclasses.replace(c.sampling, temperature=0.0)}
     journal, results, transcripts = records.Journal(folder / "journal.jsonl"), {}, []
 
-    def add(model: str, which: str, mode: str, texts: list[str]) -> None:
+    def add(model: str, which: str, mode: str, said: list[Answer]) -> None:
         about = {"model": model, "set": which, "mode": mode}
-        results.setdefault(model, {}).setdefault(which, {})[mode] = summary(sets[which], texts)
-        for p, x in zip(sets[which], texts, strict=True):
-            transcripts.append(p | about | {"response": x, "verdict": dataclasses.asdict(verdict(p, x))})
+        results.setdefault(model, {}).setdefault(which, {})[mode] = summary(sets[which], [x.text for x in said])
+        for p, x in zip(sets[which], said, strict=True):
+            of = {"response": x.text, "finished": x.finished, "verdict": dataclasses.asdict(verdict(p, x.text))}
+            transcripts.append(p | about | of)
 
     for model in models:
         lm = ready(load_lm(cfg, workdir, mesh, model), c.sampling.gather)
@@ -57,23 +72,25 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
             for mode, sampling in modes.items():
                 add(model, name, mode, answers(cfg, lm, templates, todo, sampling, journal, mesh, f"{name}-{model}-{mode}"))
         del lm  # before the next is loaded
-    said = {m: [r["response"] for r in transcripts if (r["model"], r["set"], r["mode"]) == (m, *SPOKEN)] for m in models}
+    spoken = {m: [r for r in transcripts if (r["model"], r["set"], r["mode"]) == (m, *SPOKEN)] for m in models}
+    said = {m: [Answer(r["response"], r["finished"]) for r in rows] for m, rows in spoken.items()}
     for model, found in divergences(cfg, workdir, mesh, sets["heldout"], said).items():
         results[model]["kl"] = found
-    for n, texts in best_of(cfg, workdir, mesh, sets["heldout"], journal).items():
-        add(f"best_of_{n}", *SPOKEN, texts)
-        results[f"best_of_{n}"]["kl"] = {"start": {"mean": math.log(n) - (n - 1) / n, "interval": None}}
+    for n, best in best_of(cfg, workdir, mesh, sets["heldout"], journal).items():
+        add(f"best_of_{n}", *SPOKEN, best)
+        if untouched(c.sampling):
+            results[f"best_of_{n}"]["kl"] = {"start": {"mean": math.log(n) - (n - 1) / n, "interval": None}}
     if "harm" in cfg.stages:
         add_ratings(cfg, workdir, mesh, results, transcripts)
     ratings = elos([r for r in transcripts if (r["set"], r["mode"]) == SPOKEN and r["model"] in models])
     write_json(folder / "results.json", {"models": results, "elo": ratings})
     records.write(folder / "transcripts.jsonl", transcripts)
-    if "critique" in cfg.stages:
-        revised = records.read(workdir / "critique" / "revisions.jsonl", ("rounds",))
-        if revised and all(map(known, revised)):
-            write_json(folder / "rounds.json", by_round(revised) | scores_by_round(cfg, workdir, mesh, revised))
+    revised = records.read(workdir / "critique" / "revisions.jsonl", ("rounds",)) if "critique" in cfg.stages else []
+    rounds = by_round(revised) | scores_by_round(cfg, workdir, mesh, revised) if revised and all(map(known, revised)) else None
+    if rounds:
+        write_json(folder / "rounds.json", rounds)
     counts = {"prompts": {k: len(v) for k, v in sets.items()}, "heldout": counts}
-    finish(STAGE, workdir, counts, ("results.json",))
+    finish(STAGE, workdir, counts, ("results.json", "transcripts.jsonl", *(("rounds.json",) if rounds else ())))
     journal.remove()
     show(results)
     show_elos(ratings)
@@ -101,16 +118,17 @@ def unseen(cfg: Config, todo: list[dict]) -> tuple[list[dict], dict]:
     return kept, drops.counts(len(todo), len(kept))
 
 
-def divergences(cfg: Config, workdir: Path, mesh, todo: list[dict], said: dict[str, list[str]]) -> dict[str, dict]:
+def divergences(cfg: Config, workdir: Path, mesh, todo: list[dict], said: dict[str, list[Answer]]) -> dict[str, dict]:
     """How far training took each model: KL(model | reference), nats per response, from "base" and from the "start" of its own
-    training, by the mean log-ratio of its sampled responses (k1 of METHOD 5.3), with an interval over them. {} where
-    sampling is not that of the model itself (a temperature, a nucleus), or there are too few prompts.
+    training (where that is a model of the run), by the mean log-ratio of its sampled responses, with an interval over them. {}
+    where sampling is not that of the model itself (a temperature, a nucleus), or there are too few prompts.
 
     said: model -> its responses to `todo`."""
     c = cfg.evaluate.sampling
     if not untouched(c) or len(todo) < FEWEST:
         return {}
-    of = {m: {"base": "base", "start": origin(cfg, m) or "base"} for m in said if m != "base"}
+    starts = {m: origin(cfg, m) or ("base" if checkpoint(cfg, m) == checkpoint(cfg, "base") else None) for m in said}
+    of = {m: {"base": "base"} | ({"start": start} if start else {}) for m, start in starts.items() if m != "base"}
     logp = {}
     for scorer in said:
         heard = [m for m in of if scorer in (m, *of[m].values())]
@@ -120,19 +138,15 @@ def divergences(cfg: Config, workdir: Path, mesh, todo: list[dict], said: dict[s
             logp[m, scorer] = likelihood(lm, templates, todo, said[m], c.batch_size, mesh)
         del lm
     ratios = {m: {name: logp[m, m] - logp[m, ref] for name, ref in refs.items()} for m, refs in of.items()}
-    return {m: {name: mean_of(x) for name, x in found.items()} for m, found in ratios.items()}
-
-
-def untouched(c: Sampling) -> bool:
-    """Whether what is sampled has the model's own probabilities."""
-    return (c.temperature, c.top_p, c.top_k, c.min_p) == (1.0, 1.0, 0, 0.0)
+    held = {m: {name: x[~np.isnan(x)] for name, x in found.items()} for m, found in ratios.items()}
+    return {m: {name: mean_of(x) for name, x in found.items() if len(x) >= FEWEST} for m, found in held.items()}
 
 
 def mean_of(values: np.ndarray) -> dict:
     return {"mean": float(np.mean(values)), "interval": student(values)}
 
 
-def best_of(cfg: Config, workdir: Path, mesh, todo: list[dict], journal) -> dict[int, list[str]]:
+def best_of(cfg: Config, workdir: Path, mesh, todo: list[dict], journal) -> dict[int, list[Answer]]:
     """n -> of the first n answers to each prompt, by the model that RL starts from, the one that the reward model likes best;
     n = 2, 4, ... up to --config.evaluate.best_of. The KL of that from the model is at most log n - (n - 1) / n (Beirami et
     al. 2401.01879)."""
@@ -143,7 +157,7 @@ def best_of(cfg: Config, workdir: Path, mesh, todo: list[dict], journal) -> dict
     each = [answers(cfg, lm, templates, todo, c, journal, mesh, f"heldout-{start}-{n}") for n in range(most)]
     del lm
     lm, templates = load_scorer(cfg, workdir, mesh, "reward"), load_constitution(cfg, "reward").templates
-    score_NP = np.stack([rated(lm, templates, todo, texts, c.batch_size, mesh) for texts in each])
+    score_NP = np.stack([rated(lm, templates, todo, said, c.batch_size, mesh) for said in each])
     sizes = [2**k for k in range(1, most.bit_length()) if 2**k <= most]
     return {n: [each[best][p] for p, best in enumerate(np.argmax(score_NP[:n], axis=0))] for n in sizes}
 
@@ -152,7 +166,8 @@ def add_ratings(cfg: Config, workdir: Path, mesh, results: dict, transcripts: li
     """Puts the harm regressor's rating of every answer into the transcripts, and their means over harmful prompts, from 0 to 4
     by their scale, into the results."""
     lm, templates = load_scorer(cfg, workdir, mesh, "harm"), load_constitution(cfg, "harm").templates
-    found = rated(lm, templates, transcripts, [t["response"] for t in transcripts], cfg.evaluate.sampling.batch_size, mesh)
+    said = [Answer(t["response"]) for t in transcripts]  # whole or not, EOS ends what it learnt from
+    found = rated(lm, templates, transcripts, said, cfg.evaluate.sampling.batch_size, mesh)
     for t, rating in zip(transcripts, found, strict=True):
         t["rating"] = float(rating)
     for model, of in results.items():
@@ -162,8 +177,9 @@ def add_ratings(cfg: Config, workdir: Path, mesh, results: dict, transcripts: li
                 of[which][mode]["rating"] = mean_of(np.array([t["rating"] for t in mine]))
 
 
-def said_in_round(r: dict, n: int) -> str:
-    return r["rounds"][n - 1]["revision"] if n else r["response"]
+def said_in_round(r: dict, n: int) -> Answer:
+    turn = r["rounds"][n - 1] if n else r
+    return Answer(turn["revision" if n else "response"], turn.get("finished", True))
 
 
 def scores_by_round(cfg: Config, workdir: Path, mesh, revised: list[dict]) -> dict:
@@ -175,8 +191,8 @@ def scores_by_round(cfg: Config, workdir: Path, mesh, revised: list[dict]) -> di
     scale, rounds = outputs("reward", workdir)["scale"], max(len(r["rounds"]) for r in revised)
     found = []
     for n in range(rounds + 1):
-        texts = [said_in_round(r, n) for r in revised]
-        scores = rated(lm, templates, revised, texts, cfg.evaluate.sampling.batch_size, mesh)
+        said = [said_in_round(r, n) for r in revised]
+        scores = rated(lm, templates, revised, said, cfg.evaluate.sampling.batch_size, mesh)
         found.append(mean_of((scores - scale["mean"]) / scale["std"]))
     return {"score": [f["mean"] for f in found], "score_interval": [f["interval"] for f in found]}
 
@@ -184,7 +200,7 @@ def scores_by_round(cfg: Config, workdir: Path, mesh, revised: list[dict]) -> di
 def by_round(revised: list[dict]) -> dict:
     """Harm of the first response and of each revision, over the red-team prompts of the pipeline."""
     rounds = max((len(r["rounds"]) for r in revised), default=0)
-    found = [summary(revised, [said_in_round(r, n) for r in revised]) for n in range(rounds + 1)]
+    found = [summary(revised, [said_in_round(r, n).text for r in revised]) for n in range(rounds + 1)]
     categories = sorted(found[0]["by_category"]) if found else []
     return {
         "harm_rate": [f["harm_rate"] for f in found],

@@ -11,9 +11,10 @@ import numpy as np
 
 from cai_jax import checkpoints, optim, records
 from cai_jax.config import Config
+from cai_jax.constitution.distance import FEWEST
 from cai_jax.data import load_attempts, longest_pair, said
 from cai_jax.errors import InputError
-from cai_jax.evaluation import as_rows
+from cai_jax.evaluation import Answer, as_rows
 from cai_jax.intervals import bootstrap
 from cai_jax.losses import squared_error
 from cai_jax.models import LM, lora
@@ -28,7 +29,6 @@ from cai_jax.trees import plant
 from cai_jax.workdir import begin, finish, write_json
 
 STAGE = "harm"
-FEWEST = 8  # held-out conversations from which an interval means something
 GRADES = 5
 
 
@@ -69,7 +69,7 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
 
 def encode(lm: LM, templates, attempts: list[dict], max_length: int, drops: records.Drops) -> Pairs:
     """Rated conversations of at most `max_length` tokens, each a tree of one text: side a of what stands for a comparison."""
-    rows = as_rows(lm, templates, attempts, [r["response"] for r in attempts])
+    rows = as_rows(lm, templates, attempts, [Answer(r["response"]) for r in attempts])
     both = [(*row, r) for row, r in zip(rows, attempts, strict=True)]
     kept = [x for x in both if drops.keep(len(x[0]) <= max_length, f"longer than {max_length} tokens")]
     number = {}

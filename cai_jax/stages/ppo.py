@@ -85,12 +85,13 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     tx = optim.make(c.optimizer, c.iterations * c.epochs * c.minibatches)
     state = PPOState(init_state(trained, tx, mesh), jnp.float32(c.kl_coef), jnp.int32(0))
     step = make_train_step(ppo_loss(frozen.net, c), tx, mesh)
-    watch = Watch(cfg, workdir, mesh, frozen.reward) if c.evaluate_every else None
+    watch = Watch(cfg, workdir, mesh, frozen.reward, frozen.reference) if c.evaluate_every else None
     state = iterate(cfg, folder, mesh, state, step, frozen, pool, watch, key)
     checkpoints.save_model(folder, state.train.params["policy"])
     counts = {"iterations": c.iterations, "rollouts": c.iterations * c.batch_size, "updates": int(state.train.step)}
     counts |= {"prompts": pool.counted} | ({"alarms": watch.summarise()} if watch else {})
-    finish(STAGE, workdir, counts, model=checkpoints.fingerprint(state.train.params["policy"]))
+    files = ("dynamics.json",) if watch else ()
+    finish(STAGE, workdir, counts, files, model=checkpoints.fingerprint(state.train.params["policy"]))
     return True
 
 
@@ -124,14 +125,14 @@ def iterate(cfg: Config, folder: Path, mesh, state: PPOState, step, frozen: Froz
     start = int(state.iteration)
     log = Metrics(folder, start)
     if watch and not watch.began():
-        watch(frozen.reference, 0, 0.0)
+        watch(frozen.reference, 0)
     with Progress(STAGE, c.iterations, start, "iteration") as progress:
         for t in range(start, c.iterations):
             state, metrics, seconds = iteration(cfg, mesh, state, step, frozen, pool, jax.random.fold_in(key, t), t)
             last = t + 1 == c.iterations
             if watch and watch.due(t + 1):
                 params = lora.join(frozen.params["policy"], state.train.params["policy"])
-                metrics |= watch(frozen.reference._replace(cfg=frozen.net.cfg, params=params), t + 1, metrics["kl"])
+                metrics |= watch(frozen.reference._replace(cfg=frozen.net.cfg, params=params), t + 1)
             progress.update(t + 1, log.add(t, metrics, seconds))
             stop = stopping()
             if last or stop or (t + 1) % c.checkpoint_every == 0:

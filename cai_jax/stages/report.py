@@ -10,10 +10,11 @@ from pathlib import Path
 from cai_jax import canvas, figures, gallery, metrics, progress, records
 from cai_jax.config import Config
 from cai_jax.constitution import Constitution
+from cai_jax.evals import shares
 from cai_jax.files import read_json
 from cai_jax.gallery import runs, tables
 from cai_jax.markup import DASH, Html, document, facts, fold, number, picture, plain, side_by_side, table, tag
-from cai_jax.passages import answer, dialogue, first_per_category, judgement, model, revisions
+from cai_jax.passages import answer, between, dialogue, first_per_category, judgement, model, revisions, trusted
 from cai_jax.stages import OF_INIT, load_constitution
 from cai_jax.workdir import begin, finish, outputs, write_bytes, write_text
 
@@ -116,7 +117,14 @@ def results(r: Run) -> list | None:
             title = [f"{SETS[which]}, {mode} answers ", tag("small", f"{one['n_harmful']} harmful, {one['n_benign']} benign")]
             blocks.append(fold(title, metric_table(there)) if blocks else [tag("h3", title), metric_table(there, "main")])
     meaning = [[" ", tag("b", title), f": {what}."] for _, title, _, _, what in METRICS]
-    return [blocks[0], tag("p", "Small figures are 95% intervals.", meaning, class_="note"), blocks[1:]] if blocks else None
+    note = tag("p", "Small figures are 95% intervals.", meaning, class_="note")
+    return [blocks[0], note, facts(spent(r)), blocks[1:]] if blocks else None
+
+
+def spent(r: Run) -> list[tuple]:
+    """How far each model went from where its training started."""
+    kl = {name: of["kl"]["start"] for name, of in r.models.items() if "kl" in of}
+    return [(f"KL of {canvas.label_of(m)}", f"{x['mean']:.2f} nats a response" + between(x["interval"])) for m, x in kl.items()]
 
 
 def metric_table(found: dict, class_: str | None = None) -> Html:
@@ -172,6 +180,7 @@ def labels(r: Run) -> list | None:
         ("Decidedness", f"{c['decidedness']:.3f}, mean distance of a label from 0.5"),
         ("Comparisons", f"{c['kept']} of {c['given']}"),
     ]
+    said += trusted(r.find("preferences", "gate.json", read_json, {}))
     caption = "Right: a dot is one principle's verdict; on the diagonal the order of the responses makes no difference. "
     return [facts(said), draw(r, "labels", figures.labels(judged), caption + left_out(r, "preferences"))]
 
@@ -187,6 +196,20 @@ def reward(r: Run) -> list | None:
     curves = training(r, "reward", figures.REWARD_PANELS, canvas.INK)
     calibration = [facts(said), draw(r, "calibration", figures.calibration(found), caption)] if said else []
     return [*calibration, curves] if said or curves else None
+
+
+def harm(r: Run) -> list | None:
+    """What the regressor of harm is worth."""
+    if not (of := r.find("harm", "evaluation.json", read_json, None)):
+        return None
+    error = f"{of['mse']:.3f}, against {of['constant_mse']:.3f} of the constant {of['constant']:.2f}: {of['better']:.3f} less"
+    worth = [("Squared error", error + between(of["interval"]) + f", on {of['n']} held-out conversations")]
+    return [facts(worth), training(r, "harm", figures.HARM_PANELS, canvas.INK)]
+
+
+def benchmarks(r: Run) -> Html | None:
+    found = r.find("benchmarks", "results.json", read_json, None)
+    return table(shares.HEADER, shares.rows_of(found)) if found else None
 
 
 def answers(r: Run) -> list:
@@ -257,8 +280,10 @@ SECTIONS = (  # id, title, function of the run that gives its content, or nothin
     ("sft", "Supervised fine-tuning", partial(training, stage="sft", panels=SFT, colour=COLOURS["sl_cai"])),
     ("preferences", "AI preference labels", labels),
     ("reward", "Reward model", reward),
+    ("harm", "Regressor of harm", harm),
     ("dpo", "DPO", partial(training, stage="dpo", panels=DPO, colour=COLOURS["dpo_cai"])),
     ("ppo", "PPO", partial(training, stage="ppo", panels=PPO, colour=COLOURS["rl_cai"], xlabel="iteration", columns=4)),
+    ("benchmarks", "Public evaluation sets", benchmarks),
     ("paper", "As the papers have it", of_the_paper),
     ("answers", "Answers to held-out prompts", answers),
     ("transcripts", "From prompt to label", transcripts),
