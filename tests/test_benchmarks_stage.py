@@ -92,7 +92,7 @@ def test_pairs_go_to_the_reward_model(world, finished, mesh1):
     cfg, workdir = world
     items = [i for i in sets.read(cfg.benchmarks.sets[0]).items if isinstance(i, Pair)]
     with jax.set_mesh(mesh1):
-        lm = load_scorer(cfg, workdir, mesh1)
+        lm = load_scorer(cfg, workdir, mesh1, "reward")
         rows, lengths = [], []
         for item in items[:10]:
             for text in (item.chosen, item.rejected):

@@ -9,7 +9,6 @@ VARIANTS = ("whole", "no-principles critique.use_principles=False")
 CLAIMS = (
     "harm falls with the first round: harm revision-1 < harm response",
     "and with the second: harm revision-2 < harm revision-1",
-    "but less: drop-2 run < drop-1 run",
     "critique without principles is worse: harm revision-2 @ no-principles > harm revision-2",
     "refusals come with their reason: explained revision-2 > evasive revision-2",
 )
