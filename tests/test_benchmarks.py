@@ -172,9 +172,14 @@ def test_what_is_sent_is_counted_as_the_table_of_the_docs_says():
     data = 2 * 7 / 8 * (W / 8 + 2 * 4 * E / 8)
     assert scaling.sent_by_formula(row) == pytest.approx(3 * 7 / 8 * W + 7 / 8 * 8 * E + data)
     slices = scaling.sent_by_formula(row | {"place": "2 x v5e:4x8"})  # four along data within each slice
-    assert slices == pytest.approx(3 * 7 / 8 * W + 7 / 8 * 8 * E + data * (3 / 4) / (7 / 8))
+    assert slices == pytest.approx(3 * 7 / 8 * W + 7 / 8 * (8 + 2 * 4) * E + data * (3 / 4) / (7 / 8))
     ring = scaling.sent_by_formula(row | {"mesh": [1, 8, 1], "sizes": "8 rows of 2,048 tokens"})
     assert ring == pytest.approx((2 * 9 + 7) / 8 * W + 7 / 8 * 8 * E)
+    alone = scaling.sent_by_formula(row | {"place": "v5p:2x2x2", "mesh": [1, 8, 1], "sizes": "8 rows of 2,048 tokens"})
+    assert alone - ring == pytest.approx(7 / 8 * 4 * E)
+    tiles = scaling.sent_by_formula(row | {"mesh": [4, 16, 1]})  # 128 of the width a device; o and down of 16 layers
+    wide = 3 * 15 / 16 * W + 15 / 16 * 8 * E + 2 * 3 / 4 * (W / 16 + 2 * 4 * E / 16)
+    assert tiles - wide == pytest.approx(15 / 16 * 2 * 16 * (2048 * 2048 + 8192 * 2048))
     split = scaling.sent_by_formula(row | {"mesh": [8, 4, 2]})  # 4,096 tokens of a device
     assert split == pytest.approx(3 / 4 * (3 * W / 2 + 8 * E / 2) + 7 / 4 * (W / 8 + 8 * E / 8) + 5 * 4096 * 2048 * 2 * 16)
     assert scaling.sent_by_formula(row | {"step": "decode", "sizes": "a token in 32 slots of 1,280"}) == 0

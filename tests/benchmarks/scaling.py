@@ -26,6 +26,7 @@ SPLIT = {"Llama-3.2-1B": (8, 1), "Llama-3.1-8B": (32, 2), "Qwen3-32B": (32, 4), 
 TOPOLOGIES = ("v5e:2x4", "v5e:8x8", "v5e:16x16", "2 x v5e:16x16", "v5p:2x2x2", "v5p:4x4x4", "v5p:8x8x8", "v5p:8x8x16")
 STEPS = {("critique", "decode"): "decode", ("sft", "train"): "SFT", ("ppo", "train"): "PPO update"}
 RING = 8  # devices along fsdp from which the compiler sends weights around while it multiplies, where data is 1
+TILE = 128  # of an axis: a part no longer than this is not one of a sum that is scattered
 ROWS, ROLLOUTS, MINIBATCHES, SLOTS = 1, 8, 4, 4  # of a chip
 
 
@@ -130,7 +131,7 @@ def cells(row: dict) -> list[str]:
 
 def sent_by_formula(row: dict) -> float:
     """Bytes that leave a device in a training step of a dense decoder whose layers are computed again backward; 0 of
-    another step. Each line is one of the table in docs/scaling.md."""
+    another step. Each line is one of the tables in docs/scaling.md."""
     from cai_jax.ahead.work import weights
     from cai_jax.models import hf
 
@@ -138,11 +139,9 @@ def sent_by_formula(row: dict) -> float:
     (data, f, m), sizes = row["mesh"], re.search(r"([\d,]+) rows of ([\d,]+)", row["sizes"])
     if not sizes:
         return 0.0
-    d = data // Place.of(row["place"]).slices
-    W, E = (
-        2 * sum(weights(c).values()) / m,
-        c.vocab_size * c.width / m,
-    )  # bytes of the layers; numbers of the vocabulary's matrix
+    place, w = Place.of(row["place"]), weights(c)
+    d = data // place.slices
+    W, E = 2 * sum(w.values()) / m, c.vocab_size * c.width / m  # bytes of the layers; numbers of the vocabulary's matrix
     rows, length = (int(n.replace(",", "")) for n in sizes.groups())
     sums = 2 * (m - 1) / m * rows * length / (data * f) * c.width * 2 * c.num_layers
     nets = 2 if row["stage"] == "ppo" else 1  # policy and value function
@@ -150,6 +149,12 @@ def sent_by_formula(row: dict) -> float:
     layers = 2 * ring * W + (f - 1) / f * W + 2 * (d - 1) / d * W / f + 5 * sums
     found = 2 * (d - 1) / d * 4 * E / f  # gradients of what was looked up
     head = (f - 1) / f * (2 + 2 + 4) * E + 2 * (d - 1) / d * 4 * E / f
+    if data > 1 and c.width // f <= TILE:
+        layers += (f - 1) / f * 2 * (w["o"] + w["down"]) / m
+    if place.slices > 1:
+        head += 2 * (f - 1) / f * 4 * E
+    if data == m == 1 and place.topology.startswith("v5p"):
+        head += (f - 1) / f * 4 * E
     return nets * (layers + found) + head
 
 
