@@ -277,6 +277,7 @@ def test_a_run_with_more_files_has_the_figures_of_the_paper_too(tmp_path):
     spent = {"rl_cai": {"mean": 2.5, "interval": [2.0, 3.0]}, "best_of_4": {"mean": 1.25, "interval": None}}
     found = {m: of | ({"kl": {"start": spent[m]}} if m in spent else {}) for m, of in (MODELS | best).items()}
     elo = {scale: {"models": rows} for scale in ("harmlessness", "helpfulness")}
+    found["base"] |= {"kl": {"base": spent["rl_cai"]}}  # as of one with a checkpoint of its own
     write_json(build(tmp_path) / "evaluate" / "results.json", {"models": found, "elo": elo})
     write_json(tmp_path / "evaluate" / "rounds.json", ROUNDS | {"score": [0.0] * 3, "score_interval": [[-1.0, 1.0]] * 3})
     share = {"value": 0.25, "low": 0.125, "high": 0.5, "n": 9}

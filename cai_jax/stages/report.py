@@ -123,7 +123,7 @@ def results(r: Run) -> list | None:
 
 def spent(r: Run) -> list[tuple]:
     """How far each model went from where its training started."""
-    kl = {name: of["kl"]["start"] for name, of in r.models.items() if "kl" in of}
+    kl = {name: of["kl"]["start"] for name, of in r.models.items() if "start" in of.get("kl", {})}
     return [(f"KL of {canvas.label_of(m)}", f"{x['mean']:.2f} nats a response" + between(x["interval"])) for m, x in kl.items()]
 
 
