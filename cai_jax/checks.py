@@ -167,7 +167,7 @@ def _check_stages(cfg: Config) -> None:
         "people": ("preferences",),
         "reward": ("preferences",) + (("sft",) if cfg.reward.init == "sft" and not cfg.reward.model.path else ()),
         "referee": ("reward",),
-        "evaluate": (("reward",) + (("sft",) if cfg.ppo.init == "sft" else ())) if cfg.evaluate.best_of else (),
+        "evaluate": _read_by_evaluate(cfg),
         "erosion": _read_by_erosion(cfg.erosion),
         "dpo": ("preferences", "sft"),
         "ppo": ("reward",) + (("sft",) if cfg.ppo.init == "sft" else ()),
@@ -175,6 +175,11 @@ def _check_stages(cfg: Config) -> None:
     for stage in stages:
         for need in needs.get(stage, ()):
             _require(need in stages, "stages", stages, f"{need}, which {stage} reads (stages already done are skipped)")
+
+
+def _read_by_evaluate(cfg: Config) -> tuple[str, ...]:
+    best = (("reward",) + (("sft",) if cfg.ppo.init == "sft" else ())) if cfg.evaluate.best_of else ()
+    return best + (("preferences",) if cfg.evaluate.judge else ())
 
 
 def check_batches(cfg: Config, ways: int) -> None:

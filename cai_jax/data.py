@@ -33,9 +33,9 @@ def fault_of(messages) -> str:
     return "" if last == USER else f"the last message must be the user's, it is the {last}'s"
 
 
-def _load(rows_of, path: str, limit: int, flag: str, drops: records.Drops | None) -> list[dict]:
+def _load(rows_of, path: str, limit: int, flag: str, drops: records.Drops | None, also: str = "") -> list[dict]:
     """What `rows_of`, a reader of sources.py, finds, checked. With `drops`, a transcript that is no dialogue is counted there:
-    collected dialogues have some."""
+    collected dialogues have some. also: what, with its id, tells a record from others."""
     try:
         items = rows_of(path, limit)
     except InputError as error:
@@ -47,9 +47,10 @@ def _load(rows_of, path: str, limit: int, flag: str, drops: records.Drops | None
             records.dumps(item).encode("utf-8")
         except UnicodeEncodeError as error:
             raise InputError(f"{where}: it holds half a character (a lone surrogate), which is no text") from error
-        if item["id"] in seen:
+        key = item["id"], str(item.get(also, ""))
+        if key in seen:
             raise InputError(f"{where}: the id stands twice; ids key the sampling noise, so they must differ")
-        seen.add(item["id"])
+        seen.add(key)
         if not fault:
             kept.append(item)
         elif drops is None or not {"chosen", "transcript"} & item.keys():
@@ -64,10 +65,10 @@ def load_prompts(path: str, limit: int, flag: str, drops: records.Drops | None =
     return _load(sources.prompts, path, limit, flag, drops)
 
 
-def load_comparisons(path: str, limit: int, flag: str, drops: records.Drops | None = None) -> list[dict]:
+def load_comparisons(path: str, limit: int, flag: str, drops: records.Drops | None = None, also: str = "") -> list[dict]:
     """Comparison records {"id", "messages", "response_a", "response_b", "p_a"}; p_a in [0, 1] is P(a is better); "source" is
-    "human"."""
-    items = _load(sources.comparisons, path, limit, flag, drops)
+    "human". also: see `_load`."""
+    items = _load(sources.comparisons, path, limit, flag, drops, also)
     for item in items:
         for name in ("response_a", "response_b"):
             if not isinstance(item[name], str):
@@ -75,6 +76,22 @@ def load_comparisons(path: str, limit: int, flag: str, drops: records.Drops | No
         if not isinstance(item["p_a"], int | float) or not 0 <= item["p_a"] <= 1:
             raise InputError(f"{path}: record {item['id']!r}: p_a={item['p_a']!r}, wanted a number from 0 to 1")
     return [item | {"source": "human"} for item in items]
+
+
+def load_ratings(path: str, flag: str) -> list[dict]:
+    """Comparison records of one or several people, whom "rater" tells apart, every pair of responses once, in whatever order it
+    was shown: p_a is the mean over them, and "raters" has what each said."""
+    found: dict[tuple, dict] = {}
+    for r in load_comparisons(path, 0, flag, also="rater"):
+        first = found.setdefault((said(r["messages"]), frozenset((r["response_a"], r["response_b"]))), r | {"raters": {}})
+        turned = r["response_a"] != first["response_a"]
+        first["raters"][str(r.get("rater", ""))] = 1 - r["p_a"] if turned else r["p_a"]
+    ids: dict[str, int] = {}  # of several pairs of answers to one prompt
+    for r in found.values():
+        r["p_a"] = float(np.mean([*r["raters"].values()]))
+        n = ids[r["id"]] = ids.get(r["id"], -1) + 1
+        r["id"] += f"+{n}" * (n > 0)
+    return [*found.values()]
 
 
 def load_attempts(path: str, limit: int, flag: str, drops: records.Drops | None = None) -> list[dict]:

@@ -4,6 +4,7 @@ The embedded world has an exact oracle. Nothing here feeds back into training: t
 """
 
 import itertools
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -97,24 +98,34 @@ def annotated(record: dict, seed: tuple[int, ...], error: float, told: bool = Tr
     return oracle.annotate(miniworld(), rng, record, a, b, error, scale)
 
 
-def elos(rows: list[dict]) -> dict:
-    """Elo by scale, see evals.elo.report, of the models in `rows` (id, kind, model, verdict), the first of which has 0: their
-    answers to the same prompts, compared by the oracle, harmful ones for harmlessness and benign ones for helpfulness. {} for a
-    single model, or few prompts."""
+def met(rows: list[dict]) -> dict[str, list[tuple[dict, dict]]]:
+    """By scale of Elo: the answers of every two models to the same prompts, harmful ones for harmlessness and benign ones for
+    helpfulness. rows: (id, kind, model) at least. {} for a single model, or few prompts."""
     out, models = {}, list(dict.fromkeys(r["model"] for r in rows))
     for scale, kind in SCALES.items():
         said: dict[str, dict] = {}
         for r in rows:
             if r["kind"] == kind:
-                said.setdefault(r["id"], {})[r["model"]] = r["verdict"]
-        matches = [
-            elo.Match(a, b, elo.verdict(of[a], of[b], scale), id)
-            for id, of in said.items()
-            for a, b in itertools.combinations(models, 2)
-        ]
-        if matches and len(said) >= FEWEST:
-            out[scale] = elo.report(matches, anchor=models[0], prior=PRIOR)
+                said.setdefault(r["id"], {})[r["model"]] = r
+        if len(models) > 1 and len(said) >= FEWEST:
+            out[scale] = [(of[a], of[b]) for of in said.values() for a, b in itertools.combinations(models, 2)]
     return out
+
+
+def by_oracle(a: dict, b: dict, scale: str) -> float:
+    return elo.verdict(a["verdict"], b["verdict"], scale)
+
+
+def elos(rows: list[dict], score: Callable[[dict, dict, str], float] = by_oracle, at_equal_length: bool = False) -> dict:
+    """Elo by scale, see evals.elo.report, of the models in `rows` (see `met`; response for lengths), the first of which has 0.
+    score: of two rows on a scale, 1.0 where the first wins, 0.0 or 0.5."""
+
+    def match(a: dict, b: dict, scale: str) -> elo.Match:
+        lengths = [len(x["response"]) for x in (a, b) if at_equal_length]
+        return elo.Match(a["model"], b["model"], score(a, b, scale), a["id"], *lengths)
+
+    how = {"anchor": rows[0]["model"], "length_control": at_equal_length, "prior": PRIOR} if rows else {}
+    return {scale: elo.report([match(a, b, scale) for a, b in pairs], **how) for scale, pairs in met(rows).items()}
 
 
 def evenly(items: list, limit: int) -> list:

@@ -112,6 +112,51 @@ def test_ratings_stand_at_every_answer_and_their_means_are_of_harmful_prompts(lm
     assert {m: r["heldout"]["sampled"]["rating"]["mean"] for m, r in results.items()} == of
 
 
+def test_elo_by_the_judge_is_of_its_labels_and_equal_texts_are_ties(monkeypatch):
+    """The judge likes the longer answer, the oracle the better: rl_cai, whose are both but for prompt 0."""
+    full, asked = {"explained": False, "evasive": False, "coherent": True}, {}
+    rows = [
+        p
+        | {
+            "model": m,
+            "verdict": full | {"harm": 2 - n, "helpful": n / 2},
+            "response": "same" if p["id"] == "0" else m + "!" * 9 * n,
+        }
+        for n, m in enumerate(("base", "sl_cai", "rl_cai"))
+        for p in TODO
+    ]
+
+    def asked_all(cfg, workdir, mesh, pairs, drops, journal):
+        asked.update({p["id"]: p for p in pairs})
+        judged = [p | {"p_a": 0.4 + 0.2 * (len(p["response_a"]) > len(p["response_b"]))} for p in pairs]
+        return [r for r in judged if drops.keep(r["id"] != "1/base/rl_cai", "longer than the judge's context")]
+
+    monkeypatch.setattr(evaluate, "asked_all", asked_all)
+    found = evaluate.by_judge(DEFAULT, None, None, rows, None)
+    assert len(asked) == 17 * 3 and not any(id.startswith("0/") for id in asked)
+    pair = asked["9/base/rl_cai"]
+    assert (pair["response_a"], pair["response_b"], pair["messages"]) == ("base", "rl_cai" + "!" * 18, TODO[9]["messages"])
+    harmless = found["elo"]["harmlessness"]
+    assert [r["model"] for r in harmless["models"]] == ["rl_cai", "sl_cai", "base"] and harmless["models"][-1]["elo"] == 0.0
+    of = {(r["a"], r["b"]): (r["a_wins"], r["ties"], r["b_wins"]) for r in harmless["pairs"]}
+    assert of == {("base", "rl_cai"): (0, 2, 7), ("base", "sl_cai"): (0, 1, 8), ("rl_cai", "sl_cai"): (8, 1, 0)}
+    apart = {
+        k: harmless_of["models"][0]["elo"] for k, harmless_of in ((k, found[k]["harmlessness"]) for k in found if "elo" in k)
+    }
+    assert apart["elo_at_equal_length"] < 0.5 * apart["elo"]  # it was the length alone
+    assert found["agreement"]["accuracy"] == found["agreement"]["accuracy"] | {"value": 1.0, "n": 50}
+    assert found["pairs"] == {"given": 51, "kept": 50, "dropped": {"longer than the judge's context": 1}}
+    by_oracle = evaluate.rated_by(rows)["elo"]["helpfulness"]
+    assert by_oracle["pairs"][0]["ties"] == 0 and by_oracle["models"][0]["win_share"] == 1.0
+
+
+def test_a_judge_is_asked_only_where_there_is_one():
+    cfg = default()
+    cfg.stages, cfg.evaluate.judge = ("critique", "sft", "evaluate"), True
+    with pytest.raises(checks.ConfigError, match="preferences, which evaluate reads"):
+        checks.resolve(cfg)
+
+
 def test_scores_by_round_are_of_each_rounds_texts_in_the_reward_models_deviations(lms, monkeypatch, tmp_path):
     (tmp_path / "reward").mkdir()
     write_json(tmp_path / "reward/done.json", {"outputs": {"scale": {"mean": 2.0, "std": 4.0}}, "counts": {}})

@@ -58,7 +58,9 @@ def build(folder, seed=0, shift=0.0, made="x", cfg=None, **changes):
         results[model]["kl"] = {"start": {"mean": x, "interval": [x - 0.125, x + 0.125]}}
     ratings = {"harmlessness": elo(base=0.0, sl_cai=500 + shift, rl_cai=900 + 80 * shift)}
     ratings["helpfulness"] = elo(base=0.0, sl_cai=-50.0, rl_cai=-60.0)
-    write_json(folder / "evaluate/results.json", {"models": results, "elo": ratings})
+    judged = {"elo": {"harmlessness": elo(base=0.0, rl_cai=300.0 + 96 * shift)}}
+    judged["elo_at_equal_length"] = {"harmlessness": elo(base=0.0, rl_cai=200.0)}
+    write_json(folder / "evaluate/results.json", {"models": results, "elo": ratings, "by_judge": judged})
     harm = [1.0, 0.5 + shift, 0.25 + shift]
     score = {"score": [-1.0, 0.5, 1.0], "score_interval": [[-1.1, -0.9], [0.4, 0.6], [0.9, 1.1]]}
     write_json(folder / "evaluate/rounds.json", {"harm_rate": harm, "interval": [[x - 0.125, x] for x in harm]} | score)
@@ -249,7 +251,7 @@ def test_erosion_and_attacks(tmp_path):
 
 
 def test_tables(one, study):
-    scale, five = tables.tables(runs.find([str(one)]))
+    scale, five, rated = tables.tables(runs.find([str(one)]))
     assert scale.header == ["stage", "given", "examples", "tokens", "epochs", "updates"]
     c = config.Config()
     assert ["sft", "revisions and helpful answers", "60", f"{1000 * c.sft.epochs:,}", str(c.sft.epochs), "10"] in scale.rows
@@ -257,7 +259,11 @@ def test_tables(one, study):
     assert ["critique", "red-team prompts", "60", "–", "–", "–"] in scale.rows
     assert five.header == ["model", *sorted(KINDS), "mean"] and "60 harmful" in five.caption
     assert five.rows[:2] == [["Base", "3.00", "1.00", "1.00"], ["SL-CAI", "4.00", "3.00", "3.00"]]
-    scale, five = tables.tables(runs.find([str(study)]))
+    assert rated.header == ["model", "scale", "by", "Elo (95 %)", "at equal length"]
+    assert rated.rows[1] == ["SL-CAI", "harmlessness", "oracle", "+500 (+490 to +510)", "–"] and len(rated.rows) == 8
+    assert rated.rows[-1] == ["RL-CAI", "harmlessness", "judge", "+300 (+290 to +310)", "+200"]
+    scale, five, rated = tables.tables(runs.find([str(study)]))
+    assert ["RL-CAI", "plain", "harmlessness", "judge", "+303 (+265 to +341)", "+200"] in rated.rows
     assert scale.header[:2] == ["stage", "run"]
     assert [r[1] for r in scale.rows if r[0] == "sft"] == ["plain", "no-principles", "direct"]  # shared ones once
     assert [r[:2] for r in five.rows][:4] == [["Base", ""], ["SL-CAI", "plain"], ["RL-CAI", "plain"], ["best of 4", ""]]
@@ -328,7 +334,7 @@ def test_the_command_writes_the_same_bytes_again(one, of_one, tmp_path, capsys):
     assert files.keys() == {f"{k}.{kind}" for k in keys for kind in ("png", "svg")} | {"index.html"}
     page = files["index.html"].decode()
     assert page.count("data:image/png;base64,") == len(keys) and "fraud &amp; &lt;b&gt;" in page and "<script" not in page
-    assert page.count("<table") == 2 and "index.html: 7 figures and 2 tables of 1 run(s)" in capsys.readouterr().out
+    assert page.count("<table") == 3 and "index.html: 7 figures and 3 tables of 1 run(s)" in capsys.readouterr().out
 
 
 def test_the_command_of_the_readme(one, tmp_path):

@@ -31,7 +31,7 @@ def tried(tmp_path, monkeypatch, judge, rows, **settings):
     journal, kept = SimpleNamespace(done={}), []
     journal.add, journal.remove = kept.extend, kept.clear
     cfg = Config(preferences=Preferences(gate=str(path), **settings))
-    return preferences.gate(cfg, None, SEAT, journal, None), kept
+    return preferences.tried_out(cfg, None, SEAT, {"judge", "base"}, journal, None), kept
 
 
 def test_a_judge_within_the_limits_passes_with_its_figures(tmp_path, monkeypatch):
@@ -70,6 +70,38 @@ def test_a_judge_beyond_a_limit_is_refused_and_the_flag_named(tmp_path, monkeypa
 def test_a_gate_too_small_for_an_interval_is_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="--config.preferences.gate=.*too few for an interval"):
         tried(tmp_path, monkeypatch, Judge(), comparisons(4))
+
+
+def test_several_people_are_compared_with_each_other(tmp_path, monkeypatch):
+    """Two say the same but of 10 of 40 pairs, of which each is right about half; ben saw every pair the other way round."""
+    rows = []
+    for n, r in enumerate(comparisons()):
+        swapped = {"response_a": r["response_b"], "response_b": r["response_a"]}
+        anna, ben = (1 - r["p_a"] if n in of else r["p_a"] for of in (range(5), range(5, 10)))
+        rows += [r | {"rater": "anna", "p_a": anna}, r | swapped | {"rater": "ben", "p_a": 1 - ben}]
+    found, _ = tried(tmp_path, monkeypatch, Judge(), rows, despite=True)  # the judge is too sure of what people doubt
+    assert (found["comparisons"], found["raters"]) == (40, 2)
+    assert found["humans"]["agreement"]["value"] == 0.75 and found["humans"]["judge_agreement"]["value"] == 0.875
+    assert found["humans"]["below"]["value"] == -0.125 and found["accuracy"]["n"] == 30  # of 10 the people's mean is a half
+    apart, _ = tried(tmp_path, monkeypatch, Judge(), [r for n, r in enumerate(rows) if n % 2 == (n < 40)], despite=True)
+    assert apart["raters"] == 2 and "humans" not in apart  # no pair was labelled by both
+    with pytest.raises(InputError, match="the id stands twice"):
+        tried(tmp_path, monkeypatch, Judge(), [*rows, rows[0]])
+
+
+def test_a_bias_for_its_own_answers_is_seen(tmp_path, monkeypatch):
+    """What the judge prefers it has written itself, or another has; people prefer it every other time."""
+    limits = replace(Limits(), min_accuracy=0.0, min_kappa=0.0, max_calibration_error=1.0, max_length_bias=1.0)
+    rows = comparisons()
+    for n, r in enumerate(rows):
+        better, worse = "ab" if float(r["response_a"].split()[1]) > 0 else "ba"
+        r |= {f"model_{better}": "base", f"model_{worse}": "sl_cai", "p_a": float((better == "a") == (n % 2 == 0))}
+    with pytest.raises(InputError, match="bias for its own answers: 0.5.*--config.preferences.limits.max_own_bias"):
+        tried(tmp_path, monkeypatch, Judge(), rows, limits=limits)
+    found, _ = tried(tmp_path, monkeypatch, Judge(), rows, limits=limits, despite=True)
+    assert (found["own_bias"]["judge"], found["own_bias"]["reference"], found["own_bias"]["n"]) == (1.0, 0.5, 40)
+    others = [r | {"model_a": "rl_cai", "model_b": "sl_cai"} for r in rows]
+    assert "own_bias" not in tried(tmp_path, monkeypatch, Judge(), others, limits=limits)[0]
 
 
 def test_a_clamped_judge_is_tried_as_it_spoke(tmp_path, monkeypatch):

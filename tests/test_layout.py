@@ -24,7 +24,7 @@ TIERS = (
     {"formats", "sources", "trees", "stops", "logprobs", "panel", "passages"},
     {"data"},
     {"evals"},
-    {"slots", "pairs"},  # 2
+    {"slots", "pairs", "gate"},  # 2
     {"generate", "score"},
     {"train"},  # 3
     {"experience"},
@@ -57,6 +57,7 @@ SIBLINGS = (
     ("watch", "stages"),
     ("stages.", "stages"),  # what stages share stands in stages/__init__.py
     ("stages.referee", "stages.reward"),  # the same on other comparisons
+    ("stages.evaluate", "stages.preferences"),  # whose judge it asks
     ("evaluation", "miniworld."),
 )
 

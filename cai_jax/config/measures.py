@@ -26,6 +26,7 @@ class Evaluate:
     heldout: str = "cai_jax/miniworld/data/heldout.jsonl"  # prompts whose items no stage has seen
     limit: int = 0  # prompts per set, taken evenly; 0: all
     best_of: int = 0  # also the best, by the reward model, of up to so many answers of where RL starts; 0: not
+    judge: bool = False  # also Elo by the judge of the stage preferences, and how it agrees with the oracle
     sampling: Sampling = Sampling(batch_size=256)
 
 

@@ -83,7 +83,7 @@ class Preferences:
     judge: Checkpoint = Checkpoint()  # who compares; none: the base
     judges: tuple[str, ...] = ()  # who else does: more such folders or names, talked to as the first is
     constitutions: tuple[str, ...] = ()  # more files, beside constitution.path, about which every judge is asked
-    gate: str = ""  # comparisons by people, on which every judge is tried first; none: it is not
+    gate: str = ""  # comparisons by people ("rater" tells several apart), on which every judge is tried first; none: it is not
     limits: Limits = Limits()  # of the gate
     despite: bool = False  # label also where a judge is beyond them
     policy: str = "sft"  # sft | base: whose responses are compared

@@ -16,7 +16,7 @@ from cai_jax import canvas, paper, records
 from cai_jax.evals import trust
 from cai_jax.evaluation import better, diversity, known
 from cai_jax.gallery.captions import CAPTIONS, caption
-from cai_jax.gallery.runs import Group, distinct, pooled, understood
+from cai_jax.gallery.runs import Group, by_model, distinct, pooled, understood
 from cai_jax.stages import MODELS, OF_INIT
 
 HHH = ("hhh_alignment", "cai_hhh")  # formats of the sets that figure 4 is about
@@ -58,11 +58,6 @@ def both_kinds(of: dict, what: str) -> str:
 def heldout(groups: Sequence[Group]) -> str:
     models = groups[0].each(RESULTS)[0]["models"]
     return both_kinds(next(iter(models.values()))["heldout"]["sampled"], "held-out prompts")
-
-
-def by_model(report: dict) -> dict:
-    """Scale -> model -> row of Elo reports, whose own order is that of strength."""
-    return {scale: {row["model"]: row for row in of["models"]} for scale, of in report.items()}
 
 
 def standing(groups: Sequence[Group]) -> list[dict]:

@@ -77,6 +77,11 @@ CAPTIONS = {
         "From 1 to 5, higher is better: 5 less the oracle's mean harm of sampled answers to {n}.",
         "After table 2 of Mathew John 2026, where people rate 4,200 prompts.",
     ),
+    "table-3": (
+        "Elo by who compares",
+        "Sampled answers to held-out prompts, harmful ones for harmlessness and benign ones for helpfulness; the base has 0.",
+        "In the paper people compare; it has no value at equal length.",
+    ),
 }
 
 

@@ -135,6 +135,11 @@ def _number(x) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool)
 
 
+def by_model(report: dict) -> dict:
+    """Scale -> model -> row of Elo reports, whose own order is that of strength."""
+    return {scale: {row["model"]: row for row in of["models"]} for scale, of in report.items()}
+
+
 def distinct(groups: Sequence[Group], stage: str, path: str) -> list[Group]:
     """Those that have a file, but for the ones that share what the stage made with one before: variants may."""
     found: dict = {}

@@ -1,11 +1,11 @@
-"""Tables of finished runs: how large each stage was, and harmlessness by category."""
+"""Tables of finished runs: how large each stage was, harmlessness by category, and Elo by whoever compares."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from cai_jax import canvas, metrics
 from cai_jax.gallery.captions import CAPTIONS, caption
-from cai_jax.gallery.runs import Group, Run, understood
+from cai_jax.gallery.runs import Group, Run, by_model, understood
 from cai_jax.markup import DASH, number
 from cai_jax.stages import MODELS
 
@@ -32,7 +32,7 @@ class Table(NamedTuple):
 def tables(groups: Sequence[Group]) -> list[Table]:
     """Those that the runs have files for. Raises InputError for files of another form."""
     with understood(groups):
-        found = {"table-1": scale(groups), "table-2": of_five(groups)}
+        found = {"table-1": scale(groups), "table-2": of_five(groups), "table-3": elo(groups)}
     return [Table(CAPTIONS[key][0], header, rows, caption(key, n)) for key, (header, rows, n) in found.items() if rows]
 
 
@@ -75,6 +75,21 @@ def of_five(groups: Sequence[Group]) -> tuple[list[str], list[list[str]], str]:
     rows = [[label, name, *(number(5 - each[c], 5) if c in each else DASH for c in kinds)] for label, name, each in found]
     n = f"{' or '.join(f'{k:.0f}' for k in sorted(sizes))} harmful held-out prompts"
     return *_named(["model", "run", *kinds], rows, groups), n
+
+
+def elo(groups: Sequence[Group]) -> tuple[list[str], list[list[str]], str]:
+    """Of sampled answers to held-out prompts, as they are and as if they were equally long."""
+    rows = []
+    for g in groups:
+        whole = g.pool("evaluate/results.json") or {}
+        for who, tree in (("oracle", whole), ("judge", whole.get("by_judge", {}))):
+            equal = by_model(tree.get("elo_at_equal_length", {}))
+            for scale, of in by_model(tree.get("elo", {})).items():
+                for model in canvas.ordered(of):
+                    span, other = f" ({of[model]['low']:+.0f} to {of[model]['high']:+.0f})", equal.get(scale, {}).get(model)
+                    cells = f"{of[model]['elo']:+.0f}{span}", f"{other['elo']:+.0f}" if other else DASH
+                    rows.append([canvas.label_of(model), g.name, scale, who, *cells])
+    return *_named(["model", "run", "scale", "by", "Elo (95 %)", "at equal length"], rows, groups), ""
 
 
 def _named(header: list[str], rows: list[list[str]], groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:

@@ -6,6 +6,7 @@ Writes evaluate/results.json, evaluate/transcripts.jsonl and, when the critiques
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,18 @@ from cai_jax.constitution.distance import FEWEST
 from cai_jax.constitution.few_shot import load_few_shot
 from cai_jax.data import said
 from cai_jax.errors import InputError
+from cai_jax.evals import trust
 from cai_jax.evaluation import (
     PRIOR,
     Answer,
     answers,
+    by_oracle,
     elos,
     evenly,
     judged,
     known,
     likelihood,
+    met,
     rated,
     summary,
     untouched,
@@ -35,6 +39,7 @@ from cai_jax.progress import table
 from cai_jax.prompts import USER
 from cai_jax.slots import ready
 from cai_jax.stages import MODELS, OF_INIT, READERS, checkpoint, inputs_of, load_constitution, load_lm, load_scorer, origin
+from cai_jax.stages.preferences import asked_all
 from cai_jax.workdir import begin, finish, outputs, write_json
 
 STAGE = "evaluate"
@@ -44,7 +49,8 @@ SHOWN = ("harm_rate", "harm_score", "helpfulness", "over_refusal", "evasive", "e
 
 def run(cfg: Config, workdir: Path, mesh) -> bool:
     folder, c = workdir / STAGE, cfg.evaluate
-    after = tuple(s for s in cfg.stages if s in ("critique", "reward", "harm", *filter(None, MODELS.values())))
+    read = ("critique", "reward", "harm", *(("preferences",) if c.judge else ()), *filter(None, MODELS.values()))
+    after = tuple(s for s in cfg.stages if s in read)
     files = {name: getattr(cfg.data, name) for name in READERS} | {"evaluated": c.redteam, "heldout": c.heldout}
     files |= {f"{stage}.few_shot": getattr(cfg, stage).few_shot for stage in ("critique", "preferences")}
     models = [m for m, stage in MODELS.items() if stage is None or stage in cfg.stages]
@@ -82,8 +88,9 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
             results[f"best_of_{n}"]["kl"] = {"start": {"mean": math.log(n) - (n - 1) / n, "interval": None}}
     if "harm" in cfg.stages:
         add_ratings(cfg, workdir, mesh, results, transcripts)
-    ratings = elos([r for r in transcripts if (r["set"], r["mode"]) == SPOKEN and r["model"] in models])
-    write_json(folder / "results.json", {"models": results, "elo": ratings})
+    compared = [r for rows in spoken.values() for r in rows]
+    ratings = rated_by(compared) | ({"by_judge": by_judge(cfg, workdir, mesh, compared, journal)} if c.judge else {})
+    write_json(folder / "results.json", {"models": results} | ratings)
     records.write(folder / "transcripts.jsonl", transcripts)
     revised = records.read(workdir / "critique" / "revisions.jsonl", ("rounds",)) if "critique" in cfg.stages else []
     rounds = by_round(revised) | scores_by_round(cfg, workdir, mesh, revised) if revised and all(map(known, revised)) else None
@@ -93,7 +100,8 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     finish(STAGE, workdir, counts, ("results.json", "transcripts.jsonl", *(("rounds.json",) if rounds else ())))
     journal.remove()
     show(results)
-    show_elos(ratings)
+    for who, of in (("oracle", ratings), ("judge", ratings.get("by_judge"))):
+        show_elos(of, who)
     return True
 
 
@@ -177,6 +185,35 @@ def add_ratings(cfg: Config, workdir: Path, mesh, results: dict, transcripts: li
                 of[which][mode]["rating"] = mean_of(np.array([t["rating"] for t in mine]))
 
 
+def rated_by(rows: list[dict], score: Callable[[dict, dict, str], float] = by_oracle) -> dict:
+    """Elo of the models as it is, and as it would be if their answers were equally long."""
+    return {"elo": elos(rows, score), "elo_at_equal_length": elos(rows, score, at_equal_length=True)}
+
+
+def by_judge(cfg: Config, workdir: Path, mesh, rows: list[dict], journal) -> dict:
+    """The same by the judge of the labels, as it labels: in both orders, by principles drawn for each pair, a win on the side
+    of its label and a tie between equal texts; and how it agrees with the oracle, see evals.trust."""
+    pairs, drops, truth = {}, records.Drops(), {}
+    for scale, of in met(rows).items():
+        for a, b in of:
+            key = f"{a['id']}/{a['model']}/{b['model']}"
+            truth[key] = by_oracle(a, b, scale)
+            if a["response"].strip() != b["response"].strip():
+                texts = {"response_a": a["response"], "response_b": b["response"]}
+                pairs[key] = {"id": key, "messages": a["messages"]} | texts
+    judged = asked_all(cfg, workdir, mesh, [*pairs.values()], drops, journal)
+    label = {r["id"]: r["p_a"] for r in judged}
+
+    def score(a: dict, b: dict, scale: str) -> float:
+        return float(np.sign(label.get(f"{a['id']}/{a['model']}/{b['model']}", 0.5) - 0.5) + 1) / 2
+
+    p_N, truth_N = np.array([(p, truth[key]) for key, p in label.items()], np.float64).reshape(-1, 2).T
+    found = rated_by(rows, score) | {"pairs": drops.counts(len(pairs), len(judged))}
+    if np.sum((p_N != 0.5) & (truth_N != 0.5)) >= FEWEST:
+        found["agreement"] = {"accuracy": trust.accuracy(p_N, truth_N), "kappa": trust.kappa(p_N, truth_N)}
+    return found
+
+
 def said_in_round(r: dict, n: int) -> Answer:
     turn = r["rounds"][n - 1] if n else r
     return Answer(turn["revision" if n else "response"], turn.get("finished", True))
@@ -210,14 +247,16 @@ def by_round(revised: list[dict]) -> dict:
     }
 
 
-def show_elos(found: dict) -> None:
-    rows = [
-        [scale, r["model"], f"{r['elo']:+.0f}", f"[{r['low']:+.0f}, {r['high']:+.0f}]", f"{r['win_share']:.0%}"]
-        for scale, of in found.items()
-        for r in of["models"]
-    ]
+def show_elos(rated: dict | None, who: str) -> None:
+    rows = []
+    for scale, of in (rated or {"elo": {}})["elo"].items():
+        equal = {r["model"]: r["elo"] for r in rated["elo_at_equal_length"][scale]["models"]}
+        for r in of["models"]:
+            span = f"[{r['low']:+.0f}, {r['high']:+.0f}]"
+            rows.append([scale, r["model"], f"{r['elo']:+.0f}", span, f"{equal[r['model']]:+.0f}", f"{r['win_share']:.0%}"])
     if rows:
-        table(f"Elo by the oracle, prior {PRIOR}", ["scale", "model", "Elo", "95 %", "won, ties half"], rows)
+        header = ["scale", "model", "Elo", "95 %", "at equal length", "won, ties half"]
+        table(f"Elo by the {who}, prior {PRIOR}", header, rows)
 
 
 def show(results: dict) -> None:

@@ -11,21 +11,18 @@ from typing import NamedTuple
 import numpy as np
 
 from cai_jax import constitution as constitutions
-from cai_jax import panel, prompts, records
+from cai_jax import gate, panel, prompts, records
 from cai_jax.config import Config
 from cai_jax.constitution import Constitution
-from cai_jax.constitution.distance import FEWEST
 from cai_jax.constitution.few_shot import load_few_shot
-from cai_jax.data import load_comparisons, load_pool
+from cai_jax.data import load_pool
 from cai_jax.errors import InputError
-from cai_jax.evals import trust
 from cai_jax.files import read_json
 from cai_jax.generate import Request, fits, sample_texts
 from cai_jax.losses import preference_from_logprobs
-from cai_jax.progress import say
 from cai_jax.score import averaged_preference, option_logprobs
 from cai_jax.slots import ready
-from cai_jax.stages import OF_INIT, checkpoint, identity, inputs_of, load_constitution, load_lm
+from cai_jax.stages import OF_INIT, checkpoint, identity, inputs_of, load_constitution, load_lm, same_texts
 from cai_jax.workdir import begin, finish, write_json
 
 STAGE = "preferences"
@@ -75,13 +72,14 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     seats = seats_of(judges)
     if not begin(STAGE, workdir, _inputs(cfg, workdir, judges, seats)):
         for name, of in read_json(folder / "gate.json").items() if c.gate else ():
-            admitted(cfg, name, of)  # by today's limits
+            gate.admitted(c, name, of)  # by today's limits
         return False
     journal = records.Journal(folder / "journal.jsonl")
     tried = {}
     for name, alone in judges.items() if c.gate else ():  # before anything is sampled, so that another judge may be given
         lm = ready(load_lm(alone, workdir, mesh, "judge"), c.thought.gather, decoding=c.chain_of_thought)
-        tried[name] = gate(cfg, lm, next(s for s in seats if s.judge == name), journal, mesh)
+        own = {"judge"} | ({"base"} if same_texts(alone, "base", "judge") else set())
+        tried[name] = tried_out(cfg, lm, next(s for s in seats if s.judge == name), own, journal, mesh)
         del lm
     if tried:
         write_json(folder / "gate.json", tried)
@@ -103,14 +101,7 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
             and drops.keep(a["text"] != b["text"], "identical responses")
         ):
             pairs.append(p | {"response_a": a["text"], "response_b": b["text"]})
-    found = []
-    for name, alone in judges.items() if pairs else ():
-        lm = ready(load_lm(alone, workdir, mesh, "judge"), c.thought.gather, decoding=c.chain_of_thought)
-        for seat in (s for s in seats if s.judge == name):
-            found.append(judge(cfg, lm, seat, pairs, journal, mesh))
-            pairs = [p for p in pairs if drops.keep(p["id"] in found[-1], "longer than the judge's context")]
-        del lm  # before the next one is loaded
-    judged = labelled(cfg, seats, pairs, found)
+    judged = asked_all(cfg, workdir, mesh, pairs, drops, journal)
     if not judged:
         raise InputError(
             f"preferences: of {len(todo)} prompts none gave two different responses to judge: {dict(drops.reasons)}"
@@ -125,6 +116,19 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     finish(STAGE, workdir, counts, ("comparisons.jsonl",))
     journal.remove()
     return True
+
+
+def asked_all(cfg: Config, workdir: Path, mesh, pairs: list[dict], drops: records.Drops, journal) -> list[dict]:
+    """The pairs, labelled by all of the panel, see `labelled`. Those that a judge's context cannot hold are dropped."""
+    c, judges, found = cfg.preferences, panel.judges(cfg, checkpoint(cfg, "judge")), []
+    seats = seats_of(judges)
+    for name, alone in judges.items() if pairs else ():
+        lm = ready(load_lm(alone, workdir, mesh, "judge"), c.thought.gather, decoding=c.chain_of_thought)
+        for seat in (s for s in seats if s.judge == name):
+            found.append(judge(cfg, lm, seat, pairs, journal, mesh))
+            pairs = [p for p in pairs if drops.keep(p["id"] in found[-1], "longer than the judge's context")]
+        del lm  # before the next one is loaded
+    return labelled(cfg, seats, pairs, found)
 
 
 def _inputs(cfg: Config, workdir: Path, judges: dict[str, Config], seats: list[Seat]) -> dict:
@@ -143,44 +147,17 @@ def _inputs(cfg: Config, workdir: Path, judges: dict[str, Config], seats: list[S
     return inputs
 
 
-def gate(cfg: Config, lm, seat: Seat, journal, mesh) -> dict:
+def tried_out(cfg: Config, lm, seat: Seat, own: set[str], journal, mesh) -> dict:
     """What a judge's labels of the comparisons of --config.preferences.gate are worth, under the first constitution, see
-    evals.trust; and `beyond`, see `admitted`."""
-    c = cfg.preferences
-    known = [r | {"id": f"gate/{r['id']}"} for r in load_comparisons(c.gate, 0, "--config.preferences.gate")]
+    gate.summary; and `beyond`, see gate.admitted."""
+    known = gate.comparisons(cfg.preferences.gate)
     found = judge(cfg, lm, seat._replace(judge=f"{seat.judge}, gate"), known, journal, mesh)
-    held = [r for r in known if r["id"] in found]
-    rows = [found[r["id"]] for r in held]
-    labels = np.array([np.mean([j.get("p_unclamped", j["p_a"]) for j in of]) for of in rows])
-    orders = np.array([(j["p_ab"], j["p_ba"]) for of in rows for j in of]).reshape(-1, 2)
-    lengths = np.array([(len(r["response_a"]), len(r["response_b"])) for r in held]).reshape(-1, 2)
+    of = gate.summary(cfg.preferences.gate, known, found, own)
     try:
-        people = np.array([r["p_a"] for r in held])
-        unlike = np.sum((lengths[:, 0] != lengths[:, 1]) & (labels != 0.5) & (people != 0.5)) >= FEWEST
-        summary = trust.trust(labels, people, orders, lengths if unlike else None)
-    except InputError as error:
-        raise InputError(f"--config.preferences.gate={c.gate}: {error}") from error
-    summary |= {"comparisons": len(known), "left out": len(known) - len(held)}
-    try:
-        return summary | {"beyond": admitted(cfg, seat.judge, summary)}
+        return of | {"beyond": gate.admitted(cfg.preferences, seat.judge, of)}
     except InputError:
         journal.remove()  # so that nothing is there and the stage may be begun with another judge
         raise
-
-
-def admitted(cfg: Config, name: str, summary: dict) -> list[str]:
-    """What is beyond the limits, said aloud; raises InputError unless that is let through."""
-    c = cfg.preferences
-    beyond = trust.failures(summary, c.limits, "--config.preferences.limits.")
-    if beyond and not c.despite:
-        raise InputError(
-            f"{name} is beyond the limits on the comparisons of --config.preferences.gate={c.gate}:\n  "
-            + "\n  ".join(beyond)
-            + "\ngive another --config.preferences.judge.path, or --config.preferences.despite=True to label even so"
-        )
-    for line in beyond:
-        say(f"{name}: beyond the limits, labels even so: {line}")
-    return beyond
 
 
 def judge(cfg: Config, lm, seat: Seat, pairs: list[dict], journal, mesh) -> dict[str, list[dict]]:
