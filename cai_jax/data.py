@@ -79,11 +79,12 @@ def load_comparisons(path: str, limit: int, flag: str, drops: records.Drops | No
 
 
 def load_ratings(path: str, flag: str) -> list[dict]:
-    """Comparison records of one or several people, whom "rater" tells apart, every pair of responses once, in whatever order it
-    was shown: p_a is the mean over them, and "raters" has what each said."""
+    """Comparison records of one or several people, whom "rater" tells apart. Every pair of responses to a prompt is there once,
+    whichever is called a: p_a is the mean over people, and "raters" has what each said."""
     found: dict[tuple, dict] = {}
     for r in load_comparisons(path, 0, flag, also="rater"):
-        first = found.setdefault((said(r["messages"]), frozenset((r["response_a"], r["response_b"]))), r | {"raters": {}})
+        key = r["id"], said(r["messages"]), frozenset((r["response_a"], r["response_b"]))
+        first = found.setdefault(key, r | {"raters": {}})
         turned = r["response_a"] != first["response_a"]
         first["raters"][str(r.get("rater", ""))] = 1 - r["p_a"] if turned else r["p_a"]
     ids: dict[str, int] = {}  # of several pairs of answers to one prompt

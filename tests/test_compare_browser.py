@@ -10,8 +10,12 @@ import urllib.request
 
 import pytest
 from test_compare import EVIL, MENDED, asked, command, jsonl, lines_of, pairs, serving, transcripts, url_of
+from test_people import comparisons, config
 
+from cai_jax import records, workdir
 from cai_jax.compare.matches import of_queue
+from cai_jax.errors import InputError
+from cai_jax.stages import people
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -199,6 +203,32 @@ TAGS = [
     "A",
     "P",
 ]
+
+
+def test_what_people_said_of_the_queue_is_what_the_run_goes_on_with(browser, begin, tmp_path):
+    """Two people label what the stage asks for; both prefer the refusal, but Ben likes nothing of the first."""
+    records.write(tmp_path / "preferences/comparisons.jsonl", comparisons())
+    workdir.finish("preferences", tmp_path, {}, ("comparisons.jsonl",))
+    with pytest.raises(InputError, match="6 of 60 comparisons wait for people"):
+        people.run(config(share=0.1), tmp_path, None)
+    outs = []
+    for rater in ("Ann", "Ben"):
+        outs.append(tmp_path / f"{rater}.jsonl")
+        process = begin(f"--queue={tmp_path / people.QUEUE}", f"--out={outs[-1]}", f"--rater={rater}")
+        opened(browser, url_of(process))
+        for n in range(6):
+            one, two, _ = shown(browser)
+            assert one.startswith("First ") != two.startswith("First ")  # a recipe and a refusal
+            act(browser, "b" if (rater, n) == ("Ben", 0) else RIGHT if one.startswith("First ") else LEFT)
+        browser.until("!document.getElementById('done').hidden")
+        process.terminate()
+        process.communicate()
+    both = tmp_path / "both.jsonl"
+    both.write_text("".join(out.read_text() for out in outs))
+    assert people.run(config(share=0.1, labels=str(both)), tmp_path, None)
+    asked = {r["id"]: r["p_a"] for r in lines_of(tmp_path / "people/comparisons.jsonl") if r["source"] == "people"}
+    first = lines_of(outs[0])[0]["id"]
+    assert len(asked) == 6 and asked.pop(first) == 0.25 and set(asked.values()) == {0.0}  # b refuses
 
 
 def test_the_second_of_two_tabs_moves_on(browser, tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 
 from cai_jax import panel, records
 from cai_jax.config import Config
-from cai_jax.data import load_comparisons
+from cai_jax.data import load_ratings
 from cai_jax.errors import InputError
 from cai_jax.evaluation import annotated, harm_by_category, known
 from cai_jax.stages import inputs_of
@@ -74,8 +74,8 @@ def simulated(cfg: Config, chosen: list[dict]) -> dict[str, float]:
 
 
 def read_labels(path: str, chosen: list[dict]) -> dict[str, float]:
-    """Id -> what people said. Raises InputError where a label is missing, or is of other responses."""
-    found = {r["id"]: r for r in load_comparisons(path, 0, "--config.people.labels")}
+    """Id -> what people said, the mean of several. Raises InputError where a label is missing, or is of other responses."""
+    found = {r["id"]: r for r in load_ratings(path, "--config.people.labels")}
     if missing := [r["id"] for r in chosen if r["id"] not in found]:
         raise InputError(
             f"--config.people.labels={path}: {len(missing)} of {len(chosen)} labels are missing, the first {missing[0]!r}; "
