@@ -147,7 +147,7 @@ def test_thoughts_that_nobody_has_are_refused():
     cfg.preferences.chain_of_thought = True
     assert checks.resolve(cfg).preferences.thoughts == 5
     cfg.preferences.thought.temperature = 0.0
-    with pytest.raises(checks.ConfigError, match="--config.preferences.thoughts=5: wanted 1 at .*: all would be the same"):
+    with pytest.raises(checks.ConfigError, match="--config.preferences.thoughts=5: wanted 1 at .*: all are the same"):
         checks.resolve(cfg)
 
 
