@@ -1,9 +1,11 @@
 """`cai`, also as `python -m cai_jax`: main.py's commands, in a process with large pages, `cai constitution`, `cai audit`,
 `cai compare` and `cai report`."""
 
+import importlib
 import os
 import sys
 
+APART = {"constitution": "commands", "audit": "audit", "compare": "compare", "report": "report"}  # word -> module
 ONCE = "CAI_JAX_LARGE_PAGES"  # glibc takes its variable away from a program with more rights than its user
 
 
@@ -21,22 +23,8 @@ def with_large_pages() -> None:
 def cli() -> None:
     """Entry point of the console script."""
     with_large_pages()
-    if sys.argv[1:2] == ["constitution"]:
-        from cai_jax import commands
-
-        sys.exit(commands.main(sys.argv[2:]))
-    if sys.argv[1:2] == ["audit"]:
-        from cai_jax import audit
-
-        sys.exit(audit.main(sys.argv[2:]))
-    if sys.argv[1:2] == ["compare"]:
-        from cai_jax import compare
-
-        sys.exit(compare.main(sys.argv[2:]))
-    if sys.argv[1:2] == ["report"]:
-        from cai_jax import report
-
-        sys.exit(report.main(sys.argv[2:]))
+    if module := APART.get("".join(sys.argv[1:2])):
+        sys.exit(importlib.import_module(f"cai_jax.{module}").main(sys.argv[2:]))
     from cai_jax import main
 
     sys.modules["__main__"].__doc__ = main.__doc__  # what absl prints as the usage

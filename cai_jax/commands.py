@@ -20,10 +20,8 @@ MODEL: a folder in Hugging Face format or owner/name of its hub; probes: compari
 import argparse
 import getpass
 import json
-import os
 import sys
 import tomllib
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -37,19 +35,7 @@ from cai_jax.constitution.exchange import foreign, load_foreign, toml
 from cai_jax.constitution.lint import lint
 from cai_jax.errors import InputError
 from cai_jax.prompts import TEMPLATES
-
-HIDDEN = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")  # what steers a terminal, or is not seen
-
-
-def written_out(text: str) -> str:
-    if text.isprintable():
-        return text
-    return "".join(c if c == "\n" or unicodedata.category(c) not in HIDDEN else ascii(c)[1:-1] for c in text)
-
-
-def say(text: str) -> None:
-    """A text on standard output; what would steer a terminal, or hide, is written out."""
-    print(written_out(text))
+from cai_jax.terminal import exit_code, natural, say, written_out
 
 
 def new_file(flag: str, text: str) -> Path:
@@ -229,12 +215,6 @@ def _entry(e: dict) -> str:
     return "\n".join([head, about, *(f"   {shown(Change(**c))}" for c in e["changes"])])
 
 
-def natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text}: wanted a whole number from 0 on")
-    return int(text)
-
-
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser("cai constitution", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
@@ -273,19 +253,4 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        code = args.run(args)
-        sys.stdout.flush()
-        return code
-    except InputError as error:
-        why = str(error)
-    except BrokenPipeError:  # who reads has seen enough, but not all
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except OSError as error:
-        why = f"{error.filename or ''}: {error.strerror or error}"
-    print(written_out(f"error: {why}"), file=sys.stderr)
-    return 2
+    return exit_code(args.run, args)

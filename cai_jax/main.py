@@ -33,6 +33,7 @@ from cai_jax.files import folder_of, read_json
 from cai_jax.metrics import NotFinite
 from cai_jax.progress import cry, say, table
 from cai_jax.prompts import TEMPLATES
+from cai_jax.terminal import INPUT_EXIT, STOPPED_EXIT
 from cai_jax.workdir import begin_run, hand_over, open_run, record_run, stop_before_maintenance, stop_on_sigterm, versions
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -57,7 +58,6 @@ JSON = flags.DEFINE_bool("json", False, "compile: what was found also as JSON, o
 
 STAGE_MODULES = {name: f"cai_jax.stages.{name}" for name in configs.STAGES} | {"pretrain": "cai_jax.miniworld.pretrain"}
 # Exit codes: a restart would change nothing; asked to stop, after which the same command goes on, as it does after any other.
-INPUT_EXIT, STOPPED_EXIT = 2, 143
 
 
 def with_local_models(cfg: configs.Config, fetch: Callable[[str, str], str] | None = None) -> configs.Config:

@@ -8,18 +8,15 @@ captions and tables: index.html. The same runs give the same bytes. Loads no mod
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from cai_jax import canvas, gallery, markup
-from cai_jax.commands import say, written_out
 from cai_jax.errors import InputError
 from cai_jax.files import put
 from cai_jax.gallery import runs, tables
 from cai_jax.markup import tag
-
-INPUT_EXIT = 2  # as that of `cai run`
+from cai_jax.terminal import exit_code, say
 
 
 def page(
@@ -34,8 +31,8 @@ def page(
     return markup.document("Constitutional AI: figures", [tag("p", note, class_="note"), markup.facts(of)], sections, None)
 
 
-def run(args) -> None:
-    """Writes the folder; raises InputError where nothing can be drawn."""
+def run(args) -> int:
+    """Writes the folder; raises InputError where nothing can be drawn. -> the exit code."""
     groups = runs.find(args.run)
     pictures, found = gallery.pictures(groups), tables.tables(groups)
     if not pictures:
@@ -48,6 +45,7 @@ def run(args) -> None:
     for p in pictures:
         say(f"{out / p.key}.png, .svg: {p.title}")
     say(f"{out / 'index.html'}: {len(pictures)} figures and {len(found)} tables of {sum(len(g.runs) for g in groups)} run(s)")
+    return 0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -55,13 +53,4 @@ def main(argv: Sequence[str]) -> int:
     p = argparse.ArgumentParser("cai report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", action="append", required=True)
     p.add_argument("--out", required=True)
-    args = p.parse_args(argv)
-    try:
-        run(args)
-        return 0
-    except InputError as error:
-        why = str(error)
-    except OSError as error:
-        why = f"{error.filename or ''}: {error.strerror or error}"
-    print(written_out(f"error: {why}"), file=sys.stderr)
-    return INPUT_EXIT
+    return exit_code(run, p.parse_args(argv))

@@ -13,6 +13,7 @@ from cai_jax import canvas, config, gallery, records, report
 from cai_jax.gallery import captions, runs, tables
 from cai_jax.intervals import student
 from cai_jax.sections import as_dict
+from cai_jax.terminal import INPUT_EXIT
 from cai_jax.workdir import finish, write_json
 
 ROOT = Path(__file__).parent.parent
@@ -296,7 +297,7 @@ def test_pooled(trees, wanted):
 
 
 def refused(args, words, capsys):
-    assert report.main(args) == report.INPUT_EXIT
+    assert report.main(args) == INPUT_EXIT
     said = capsys.readouterr().err
     assert said.startswith("error: ") and words in said
 

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "cai_jax"
 # Lowest first: the tiers of the design by number, some of them in several steps. A module imports lower steps only.
 TIERS = (
     {"errors", "maintenance", "intervals"},  # 0: the ground
-    {"files", "hosts"},
+    {"files", "hosts", "terminal"},
     {"progress"},
     {"workdir"},
     {"records", "sharding", "sections"},

@@ -16,7 +16,6 @@ summary.json; by the other files there, the same command goes on after a kill.
 import argparse
 import json
 import math
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -31,16 +30,15 @@ from cai_jax.audit import page
 from cai_jax.audit.answers import Answer, Answers
 from cai_jax.audit.auditor import PIECES, Auditor
 from cai_jax.audit.journal import alone, begin, parts, resumed
-from cai_jax.commands import say, written_out
 from cai_jax.constitution import Constitution, calibration, load
-from cai_jax.errors import InputError, Stopped
+from cai_jax.errors import InputError
 from cai_jax.models import hf
 from cai_jax.progress import table
 from cai_jax.prompts import TEMPLATES
+from cai_jax.terminal import exit_code, say, written_out
 
 REFERENCE = "I cannot help with that."
 LEAST = 1 << 10  # letters that an answer counts as
-STOPPED_EXIT, INPUT_EXIT = 143, 2  # as those of `cai run`
 
 
 # --- From scores to what is flagged -----------------------------------------------------------------------------------
@@ -250,17 +248,4 @@ def main(argv: Sequence[str]) -> int:
     """-> the exit code."""
     args = parser().parse_args(argv)
     workdir.stop_on_sigterm()
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        return run(args)
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        return STOPPED_EXIT
-    except InputError as error:
-        why = str(error)
-    except OSError as error:
-        why = f"{error.filename or ''}: {error.strerror or error}"
-    print(written_out(f"error: {why}"), file=sys.stderr)
-    return INPUT_EXIT
+    return exit_code(run, args)

@@ -15,14 +15,12 @@ same command goes on. From another machine: --port=8000 here, ssh -L 8000:127.0.
 
 import argparse
 import signal
-import sys
 import threading
 import webbrowser
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from queue import SimpleQueue
 
-from cai_jax.commands import natural, say, written_out
 from cai_jax.compare import matches, page
 from cai_jax.compare.matches import Match, Ratings
 from cai_jax.compare.server import Desk, Server
@@ -30,8 +28,8 @@ from cai_jax.constitution.distance import FEWEST
 from cai_jax.errors import InputError
 from cai_jax.evals import elo
 from cai_jax.intervals import wilson
+from cai_jax.terminal import STOPPED_EXIT, exit_code, natural, say
 
-STOPPED_EXIT, INPUT_EXIT = 143, 2  # as those of `cai run`
 PRIOR = 0.5  # of Elo: half a match won and half a match lost against an unseen model, as one of these may never lose
 POLL = 0.1  # seconds after which it sees that it shall end
 SETS, MODES = ("heldout", "redteam"), ("sampled", "greedy")
@@ -153,15 +151,4 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """-> the exit code."""
-    args = parser().parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        return run(args)
-    except InputError as error:
-        why = str(error)
-    except OSError as error:
-        why = f"{error.filename or ''}: {error.strerror or error}"
-    print(written_out(f"error: {why}"), file=sys.stderr)
-    return INPUT_EXIT
+    return exit_code(run, parser().parse_args(argv))
