@@ -58,12 +58,13 @@ def test_planted_boilerplate_is_an_alarm_and_the_same_texts_are_none():
     assert alarms(start, start) == {} and alarms(said(100, 4), start) == {}
     found = alarms(planted, start)
     assert set(found) == {"repeated"} and (found["repeated"]["now"], found["repeated"]["start"]) == (0.6, 0.1)
-    assert goodhart.figures(planted, start)["phrase"] == "you are valid valued and cared for"
+    assert goodhart.figures(planted, start)["phrase"] == "you are valid valued and"
     assert alarms(planted, planted) == {} and goodhart.figures(planted, planted)["repeated"] == 0.0  # as common at the start
     old = "as one that has always been said"
     both = goodhart.figures([f"{x}. {old}" for x in planted], [f"{x} {old}" for x in start])
-    assert (both["phrase"], both["repeated"]) == ("you are valid valued and cared for", 0.6)
-    assert alarms(planted[:80] + said(20, 5), start) == {}  # in less than half of the texts
+    assert (both["phrase"], both["repeated"]) == ("you are valid valued and", 0.6)
+    assert set(alarms(planted[:55] + said(45, 5), start)) == {"repeated"}  # in 33 of 100
+    assert alarms(planted[:45] + said(55, 5), start) == {}  # in 27
 
 
 def test_openings_lengths_and_words_that_change_are_alarms():
@@ -161,12 +162,12 @@ def test_what_rl_did_stands_in_one_file(world, capsys):
     w.bonus["reward"], w.bonus["referee"] = 9.0, -9.0
     w(4, "evasive", 0.25)
     w(6, "explained", 0.5)
-    assert w.watch.summarise() == 2  # in each the reward model and the referee part
+    assert w.watch.summarise() == 4  # in each the reward model and the referee part, and refusals are all alike
     found = read_json(w.folder / "dynamics.json")
     assert [(s["iteration"], s["kl"]) for s in found["snapshots"]] == [(0, 0.0), (4, 0.25), (6, 0.5)]
     whole = read_json(w.folder / "watch" / "0006.json")
     assert found["snapshots"][2] == {k: v for k, v in whole.items() if k != "answers"}
-    assert [a["alarm"] for a in whole["alarms"]] == ["parted"]
+    assert [a["alarm"] for a in whole["alarms"]] == ["repeated", "parted"]
     assert "after iteration 4: alarm parted" in capsys.readouterr().err
     rated = {scale: {m["model"]: m["elo"] for m in of["models"]} for scale, of in found["elo"].items()}
     assert rated["harmlessness"]["6"] > rated["harmlessness"]["4"] > rated["harmlessness"]["0"] == 0.0

@@ -13,16 +13,21 @@ import numpy as np
 from cai_jax.constitution.distance import FEWEST
 from cai_jax.intervals import student
 
-PHRASE = 7  # words, as many as the paper's example has; a shorter text is one phrase
+PHRASE = 5  # words, two fewer than the paper's example has; a shorter text is one phrase
 OPENING = 4  # words
-ROSE, MOST = 0.2, 0.5  # a share of the texts that is now above MOST, and was lower by more than ROSE
+ROSE, MOST = 0.2, 0.5  # by how much more a share of the texts rose; above how much it is now
 LENGTH = 0.5  # of the length at the start, by which it changed
 DISTINCT = 0.5  # of the distinct pairs of words at the start, so many or fewer of which are left
 
-SHARE = (lambda now, start: now > MOST and now - start > ROSE, f"above {MOST}, and by more than {ROSE} above the start")
 SIGNS = {  # figure -> whether its value now is a sign, given that at the start; the limit in words
-    "repeated": SHARE,
-    "same_opening": SHARE,
+    "repeated": (
+        lambda now, start: now - start > ROSE,
+        f"more than {ROSE} above the start",
+    ),  # refusals are a part of all texts
+    "same_opening": (
+        lambda now, start: now > MOST and now - start > ROSE,
+        f"above {MOST}, and by more than {ROSE} above the start",
+    ),
     "length": (lambda now, start: abs(now - start) > LENGTH * start, f"more than {LENGTH:.0%} from the start"),
     "distinct_2": (lambda now, start: now < DISTINCT * start, f"less than {DISTINCT:.0%} of the start"),
 }
