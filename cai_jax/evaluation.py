@@ -14,15 +14,18 @@ import numpy as np
 from cai_jax import prompts, records
 from cai_jax.config import MODELS, Config, Sampling
 from cai_jax.constitution.distance import FEWEST
-from cai_jax.data import load_prompts
+from cai_jax.constitution.few_shot import load_few_shot
+from cai_jax.data import load_prompts, said
 from cai_jax.errors import InputError
 from cai_jax.evals import elo
 from cai_jax.files import read_json
 from cai_jax.generate import Request, sample_texts
 from cai_jax.models import LM
 from cai_jax.score import row_logprobs, row_scores
+from cai_jax.stages import READERS
 
 SCALES = {"harmlessness": "harmful", "helpfulness": "benign"}  # of Elo, and the prompts that are compared
+SHOWN = ("critique", "preferences")  # stages whose prompts may begin with worked examples
 PRIOR = 0.5  # matches won and lost against an unseen model: the base may never win one
 
 
@@ -126,6 +129,32 @@ def elos(rows: list[dict], score: Callable[[dict, dict, str], float] = by_oracle
 
     how = {"anchor": rows[0]["model"], "length_control": at_equal_length, "prior": PRIOR} if rows else {}
     return {scale: elo.report([match(a, b, scale) for a, b in pairs], **how) for scale, pairs in met(rows).items()}
+
+
+def learnt_from(cfg: Config) -> dict[str, str]:
+    """The files whose prompts models of the run may know, for a stage's inputs."""
+    return {n: getattr(cfg.data, n) for n in READERS} | {f"{stage}.few_shot": getattr(cfg, stage).few_shot for stage in SHOWN}
+
+
+def unseen(cfg: Config, todo: list[dict]) -> tuple[list[dict], dict]:
+    """The held-out prompts that stand in no file of the pipeline, nor begin a conversation there. -> (records, counts). Raises
+    InputError when none is left."""
+    drops, seen = records.Drops(), {}
+    for name, (_, load) in READERS.items():
+        rows = load(getattr(cfg.data, name), getattr(cfg.data, f"max_{name}"), f"--config.data.{name}", records.Drops())
+        begun = [r["messages"][: n + 1] for r in rows for n, m in enumerate(r["messages"]) if m["role"] == prompts.USER]
+        seen |= dict.fromkeys(map(said, begun), f"in --config.data.{name}")
+    for stage in SHOWN:
+        if path := getattr(cfg, stage).few_shot:
+            shown = load_few_shot(path)
+            asked = [[{"role": prompts.USER, "content": block.user}] for block in (*shown.critiques, *shown.comparisons)]
+            seen |= dict.fromkeys(map(said, asked), f"in --config.{stage}.few_shot")
+    kept = [r for r in todo if drops.keep(said(r["messages"]) not in seen, seen.get(said(r["messages"])))]
+    if not kept:
+        raise InputError(
+            f"--config.evaluate.heldout={cfg.evaluate.heldout}: the models were trained on all of it: {drops.reasons}"
+        )
+    return kept, drops.counts(len(todo), len(kept))
 
 
 def evenly(items: list, limit: int) -> list:

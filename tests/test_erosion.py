@@ -44,7 +44,9 @@ def folders(tmp_path_factory, mesh1):
     tiny.tokenizer().hf.save_pretrained(root / "base")
     records.write(root / "ordinary.jsonl", [compared(p, "right", "evasive", 1.0) for p in prompts("helpful", 6)])
     made = Erosion("base", str(root / "ordinary.jsonl"), (1, 3), (2,), rows=2, length=256, checkpoint_every=1, optimizer=RULES)
-    judged = Evaluate(limit=4, sampling=Sampling(max_tokens=4, batch_size=4))
+    heldout = root / "heldout.jsonl"  # two of them stand in the pipeline
+    records.write(heldout, [*data.load_prompts(default().evaluate.heldout, 16, "x"), *prompts("redteam", 2)])
+    judged = Evaluate(limit=4, heldout=str(heldout), sampling=Sampling(max_tokens=4, batch_size=4))
     cfg = Config(stages=("critique", "preferences", "erosion"), model=Model(str(root / "base")), erosion=made, evaluate=judged)
     key = jax.random.key(3)
     adapter = jax.tree.map(lambda x: x + 0.1, lora.init(lora.attach(CFG, Lora(rank=2)), key))
@@ -102,6 +104,7 @@ def test_every_point_is_judged_and_nothing_large_is_left(finished, folders):
     ]
     assert not list(finished.rglob("checkpoints"))
     counts = json.loads((finished / "done.json").read_text())["counts"]
+    assert counts["heldout"] == {"given": 18, "kept": 16, "dropped": {"in --config.data.redteam": 2}}
     assert counts["eroded"]["kept"] == 6 and counts["recovered"]["kept"] == 5
     assert counts["recovered"]["dropped"] == {"helpful response cut off": 1, "neither is better": 2}
 

@@ -59,6 +59,7 @@ SIBLINGS = (
     ("stages.referee", "stages.reward"),  # the same on other comparisons
     ("stages.evaluate", "stages.preferences"),  # whose judge it asks
     ("evaluation", "miniworld."),
+    ("evaluation", "stages"),
 )
 
 # A library, or a name of one -> the only places that may import it.

@@ -24,7 +24,7 @@ from cai_jax.data import (
     said,
     whole,
 )
-from cai_jax.evaluation import answers, evenly, judged, known, summary, verdict
+from cai_jax.evaluation import answers, evenly, judged, known, learnt_from, summary, unseen, verdict
 from cai_jax.models.transformer import cast_matrices
 from cai_jax.progress import table
 from cai_jax.sections import as_dict
@@ -41,15 +41,17 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     folder, c = workdir / STAGE, cfg.erosion
     labelled = (compared(cfg.stages),) if c.recover == "preferred" else ()
     after = (*(("critique", *labelled) if c.recovery else ()), *filter(None, (STAGE_OF[c.model],)))
-    inputs = inputs_of(cfg, workdir, STAGE, {"ordinary": c.data, "heldout": cfg.evaluate.heldout}, after, (c.model,))
+    files = learnt_from(cfg) | {"ordinary": c.data, "heldout": cfg.evaluate.heldout}
+    inputs = inputs_of(cfg, workdir, STAGE, files, after, (c.model,))
     inputs |= {"trained": cfg.model.trained_dtype, "revisions": cfg.sft.revisions}
     inputs["judged"] = {"limit": cfg.evaluate.limit, "sampling": as_dict(cfg.evaluate.sampling)}
     if not begin(STAGE, workdir, inputs | {"constitution": load_constitution(cfg).fingerprint}):
         return False
-    todo = evenly(judged(cfg.evaluate.heldout, "--config.evaluate.heldout"), cfg.evaluate.limit)
+    todo, counted = unseen(cfg, judged(cfg.evaluate.heldout, "--config.evaluate.heldout"))
+    todo = evenly(todo, cfg.evaluate.limit)
     start, templates = load(cfg, workdir, mesh), load_constitution(cfg, c.model).templates
     steps = {"eroded": c.after, "recovered": c.recovery}
-    batches, counts = {}, {}
+    batches, counts = {}, {"heldout": counted}
     for phase in filter(steps.get, steps):
         drops = records.Drops()
         texts, given = ordinary(cfg, todo, drops) if phase == "eroded" else own(cfg, workdir, drops)
@@ -91,11 +93,11 @@ def ordinary(cfg: Config, held: list[dict], drops: records.Drops) -> tuple[list[
     """The better responses of comparisons that are about no harm. -> (texts, how many comparisons there were). Where an oracle
     can tell, those that do not help are left out: they would teach to refuse, and hide what is to be measured."""
     found = load_comparisons(cfg.erosion.data, 0, "--config.erosion.data", drops)
-    given, unseen = len(found) + drops.reasons.total(), {said(p["messages"]) for p in held}
+    given, asked = len(found) + drops.reasons.total(), {said(p["messages"]) for p in held}
     out = []
     for r in found:
         if drops.keep(r.get("kind") != "harmful", "a harmful request") and drops.keep(
-            said(r["messages"]) not in unseen, "a held-out prompt"
+            said(r["messages"]) not in asked, "a held-out prompt"
         ):
             best = preferred([r], 0.0, drops)
             out += [t for t in best if drops.keep(not known(r) or verdict(r, t.text).helpful == 1, "no help")]

@@ -14,9 +14,6 @@ import numpy as np
 from cai_jax import records
 from cai_jax.config import Config
 from cai_jax.constitution.distance import FEWEST
-from cai_jax.constitution.few_shot import load_few_shot
-from cai_jax.data import said
-from cai_jax.errors import InputError
 from cai_jax.evals import trust
 from cai_jax.evaluation import (
     PRIOR,
@@ -27,18 +24,19 @@ from cai_jax.evaluation import (
     evenly,
     judged,
     known,
+    learnt_from,
     likelihood,
     met,
     rated,
     summary,
+    unseen,
     untouched,
     verdict,
 )
 from cai_jax.intervals import student
 from cai_jax.progress import table
-from cai_jax.prompts import USER
 from cai_jax.slots import ready
-from cai_jax.stages import MODELS, OF_INIT, READERS, checkpoint, inputs_of, load_constitution, load_lm, load_scorer, origin
+from cai_jax.stages import MODELS, OF_INIT, checkpoint, inputs_of, load_constitution, load_lm, load_scorer, origin
 from cai_jax.stages.preferences import asked_all
 from cai_jax.workdir import begin, finish, outputs, write_json
 
@@ -51,8 +49,7 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     folder, c = workdir / STAGE, cfg.evaluate
     read = ("critique", "reward", "harm", *(("preferences",) if c.judge else ()), *filter(None, MODELS.values()))
     after = tuple(s for s in cfg.stages if s in read)
-    files = {name: getattr(cfg.data, name) for name in READERS} | {"evaluated": c.redteam, "heldout": c.heldout}
-    files |= {f"{stage}.few_shot": getattr(cfg, stage).few_shot for stage in ("critique", "preferences")}
+    files = learnt_from(cfg) | {"evaluated": c.redteam, "heldout": c.heldout}
     models = [m for m, stage in MODELS.items() if stage is None or stage in cfg.stages]
     inputs = inputs_of(cfg, workdir, STAGE, files, after, tuple(models))
     inputs |= {"best of": OF_INIT[cfg.ppo.init]} if c.best_of else {}
@@ -103,27 +100,6 @@ def run(cfg: Config, workdir: Path, mesh) -> bool:
     for who, of in (("oracle", ratings), ("judge", ratings.get("by_judge"))):
         show_elos(of, who)
     return True
-
-
-def unseen(cfg: Config, todo: list[dict]) -> tuple[list[dict], dict]:
-    """The held-out prompts that stand in no file of the pipeline, nor begin a conversation there. -> (records, counts). Raises
-    InputError when none is left."""
-    drops, seen = records.Drops(), {}
-    for name, (_, load) in READERS.items():
-        rows = load(getattr(cfg.data, name), getattr(cfg.data, f"max_{name}"), f"--config.data.{name}", records.Drops())
-        begun = [r["messages"][: n + 1] for r in rows for n, m in enumerate(r["messages"]) if m["role"] == USER]
-        seen |= dict.fromkeys(map(said, begun), f"in --config.data.{name}")
-    for stage in ("critique", "preferences"):
-        if path := getattr(cfg, stage).few_shot:
-            shown = load_few_shot(path)
-            asked = [[{"role": USER, "content": block.user}] for block in (*shown.critiques, *shown.comparisons)]
-            seen |= dict.fromkeys(map(said, asked), f"in --config.{stage}.few_shot")
-    kept = [r for r in todo if drops.keep(said(r["messages"]) not in seen, seen.get(said(r["messages"])))]
-    if not kept:
-        raise InputError(
-            f"--config.evaluate.heldout={cfg.evaluate.heldout}: the models were trained on all of it: {drops.reasons}"
-        )
-    return kept, drops.counts(len(todo), len(kept))
 
 
 def divergences(cfg: Config, workdir: Path, mesh, todo: list[dict], said: dict[str, list[Answer]]) -> dict[str, dict]:
