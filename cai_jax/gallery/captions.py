@@ -4,7 +4,8 @@
 CAPTIONS = {
     "figure-2": (
         "Figure 2: harmlessness against helpfulness",
-        "Sampled answers to the same {n}, compared by the oracle; zero is the base of each run, through which alone runs meet.",
+        "Sampled answers to the same {n}, compared by the oracle; zero is the base of each run, through which alone "
+        "runs meet: where a model wins every time, how far it gets depends on who else is in its run.",
         "In the paper people compare whole conversations, points are snapshots of RL, and models have 52 B parameters.",
     ),
     "figure-3": (
