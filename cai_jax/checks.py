@@ -134,9 +134,7 @@ def _check_preferences(c: Preferences) -> None:
     _require(not (thinks and shown), "preferences.few_shot", shown, "none with chain_of_thought: the blocks hold no thoughts")
     _require(thinks or c.thoughts == 1, "preferences.thoughts", c.thoughts, "1, or --config.preferences.chain_of_thought=True")
     differ = c.thought.temperature > 0 or c.thoughts == 1
-    _require(
-        differ, "preferences.thoughts", c.thoughts, "1 at --config.preferences.thought.temperature=0: all would be the same"
-    )
+    _require(differ, "preferences.thoughts", c.thoughts, "1 at --config.preferences.thought.temperature=0: all are the same")
     for name in ("judges", "constitutions"):
         given = getattr(c, name)
         _require(all(isinstance(x, str) and x for x in given), f"preferences.{name}", given, "names in quotes: ('a', 'b')")
