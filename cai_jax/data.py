@@ -49,7 +49,8 @@ def _load(rows_of, path: str, limit: int, flag: str, drops: records.Drops | None
             raise InputError(f"{where}: it holds half a character (a lone surrogate), which is no text") from error
         key = item["id"], str(item.get(also, ""))
         if key in seen:
-            raise InputError(f"{where}: the id stands twice; ids key the sampling noise, so they must differ")
+            whose = f" for the {also} {key[1]!r}" * bool(also)
+            raise InputError(f"{where}: the id stands twice{whose}; ids key the sampling noise, so they must differ")
         seen.add(key)
         if not fault:
             kept.append(item)
@@ -80,19 +81,14 @@ def load_comparisons(path: str, limit: int, flag: str, drops: records.Drops | No
 
 def load_ratings(path: str, flag: str) -> list[dict]:
     """Comparison records of one or several people, whom "rater" tells apart. Every pair of responses to a prompt is there once,
-    whichever is called a: p_a is the mean over people, and "raters" has what each said."""
+    whichever is called a: p_a is the mean over people, and "raters" has what each said. An id may stand for several pairs."""
     found: dict[tuple, dict] = {}
     for r in load_comparisons(path, 0, flag, also="rater"):
         key = r["id"], said(r["messages"]), frozenset((r["response_a"], r["response_b"]))
         first = found.setdefault(key, r | {"raters": {}})
         turned = r["response_a"] != first["response_a"]
         first["raters"][str(r.get("rater", ""))] = 1 - r["p_a"] if turned else r["p_a"]
-    ids: dict[str, int] = {}  # of several pairs of answers to one prompt
-    for r in found.values():
-        r["p_a"] = float(np.mean([*r["raters"].values()]))
-        n = ids[r["id"]] = ids.get(r["id"], -1) + 1
-        r["id"] += f"+{n}" * (n > 0)
-    return [*found.values()]
+    return [r | {"p_a": float(np.mean([*r["raters"].values()]))} for r in found.values()]
 
 
 def load_attempts(path: str, limit: int, flag: str, drops: records.Drops | None = None) -> list[dict]:

@@ -14,7 +14,7 @@ FLAG = "--config.preferences.gate"
 
 def comparisons(path: str) -> list[dict]:
     """What people have labelled, see data.load_ratings, under ids that are no prompt's of the pipeline."""
-    return [r | {"id": f"gate/{r['id']}"} for r in load_ratings(path, FLAG)]
+    return [r | {"id": f"gate/{n}/{r['id']}"} for n, r in enumerate(load_ratings(path, FLAG))]
 
 
 def summary(path: str, known: list[dict], found: dict[str, list[dict]], own: set[str]) -> dict:
@@ -28,7 +28,7 @@ def summary(path: str, known: list[dict], found: dict[str, list[dict]], own: set
     people_N = np.array([r["p_a"] for r in held])
     orders_M2 = np.array([(j["p_ab"], j["p_ba"]) for of in rows for j in of]).reshape(-1, 2)
     length_N2 = np.array([(len(r["response_a"]), len(r["response_b"])) for r in held]).reshape(-1, 2)
-    own_N2 = np.array([[r.get(f"model_{x}") in own for x in "ab"] for r in held], int).reshape(-1, 2)
+    own_N2 = np.array([[str(r.get(f"model_{x}")) in own for x in "ab"] for r in held], int).reshape(-1, 2)
     raters = dict.fromkeys(rater for r in held for rater in r["raters"])
     said_NA = np.array([[r["raters"].get(rater, np.nan) for rater in raters] for r in held]).reshape(len(held), -1)
 

@@ -85,7 +85,10 @@ def test_several_people_are_compared_with_each_other(tmp_path, monkeypatch):
     assert found["humans"]["below"]["value"] == -0.125 and found["accuracy"]["n"] == 30  # of 10 the people's mean is a half
     apart, _ = tried(tmp_path, monkeypatch, Judge(), [r for n, r in enumerate(rows) if n % 2 == (n < 40)], despite=True)
     assert apart["raters"] == 2 and "humans" not in apart  # no pair was labelled by both
-    with pytest.raises(InputError, match="the id stands twice"):
+    other = rows[1] | {"id": "g0", "response_b": "answer 3.0", "rater": "cleo"}  # another pair of the same prompt
+    more, _ = tried(tmp_path, monkeypatch, Judge(), [*rows, other, other | {"id": "g0+1"}], despite=True)
+    assert (more["comparisons"], more["left out"], more["raters"]) == (42, 0, 3)
+    with pytest.raises(InputError, match="the id stands twice for the rater 'anna'"):
         tried(tmp_path, monkeypatch, Judge(), [*rows, rows[0]])
 
 
@@ -100,7 +103,7 @@ def test_a_bias_for_its_own_answers_is_seen(tmp_path, monkeypatch):
         tried(tmp_path, monkeypatch, Judge(), rows, limits=limits)
     found, _ = tried(tmp_path, monkeypatch, Judge(), rows, limits=limits, despite=True)
     assert (found["own_bias"]["judge"], found["own_bias"]["reference"], found["own_bias"]["n"]) == (1.0, 0.5, 40)
-    others = [r | {"model_a": "rl_cai", "model_b": "sl_cai"} for r in rows]
+    others = [r | {"model_a": ["rl_cai"], "model_b": "sl_cai"} for r in rows]
     assert "own_bias" not in tried(tmp_path, monkeypatch, Judge(), others, limits=limits)[0]
 
 

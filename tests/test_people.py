@@ -117,6 +117,7 @@ def test_a_run_waits_for_labels_and_goes_on_with_them(judged, tmp_path):
     [
         (lambda rows: rows[1:], "1 of 6 labels are missing, the first 'redteam-"),
         (lambda rows: [rows[0] | {"response_a": "x"}, *rows[1:]], "has another response_a than was asked about"),
+        (lambda rows: [*rows, rows[0] | {"response_a": "x", "rater": "Ben"}], "is of other responses from line to line"),
         (lambda rows: [rows[0] | {"messages": PROMPTS[-1]["messages"]}, *rows[1:]], "has another messages"),
         (lambda rows: [rows[0] | {"p_a": 2}, *rows[1:]], "wanted a number from 0 to 1"),
         (lambda rows: [rows[0], *rows], "the id stands twice"),

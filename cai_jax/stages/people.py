@@ -75,7 +75,10 @@ def simulated(cfg: Config, chosen: list[dict]) -> dict[str, float]:
 
 def read_labels(path: str, chosen: list[dict]) -> dict[str, float]:
     """Id -> what people said, the mean of several. Raises InputError where a label is missing, or is of other responses."""
-    found = {r["id"]: r for r in load_ratings(path, "--config.people.labels")}
+    found = {}
+    for r in load_ratings(path, "--config.people.labels"):
+        if found.setdefault(r["id"], r) is not r:
+            raise InputError(f"--config.people.labels={path}: {r['id']!r} is of other responses from line to line")
     if missing := [r["id"] for r in chosen if r["id"] not in found]:
         raise InputError(
             f"--config.people.labels={path}: {len(missing)} of {len(chosen)} labels are missing, the first {missing[0]!r}; "
