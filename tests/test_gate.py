@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_preferences import SEAT, Judge, pair
 
-from cai_jax import checks, records
+from cai_jax import checks, gate, records
 from cai_jax.config import Config, Limits, Preferences, default
 from cai_jax.errors import InputError
 from cai_jax.evals import trust
@@ -88,6 +88,7 @@ def test_several_people_are_compared_with_each_other(tmp_path, monkeypatch):
     other = rows[1] | {"id": "g0", "response_b": "answer 3.0", "rater": "cleo"}  # another pair of the same prompt
     more, _ = tried(tmp_path, monkeypatch, Judge(), [*rows, other, other | {"id": "g0+1"}], despite=True)
     assert (more["comparisons"], more["left out"], more["raters"]) == (42, 0, 3)
+    assert len({r["id"] for r in gate.comparisons(str(tmp_path / "gate.jsonl"))}) == 42  # each has a judgement of its own
     with pytest.raises(InputError, match="the id stands twice for the rater 'anna'"):
         tried(tmp_path, monkeypatch, Judge(), [*rows, rows[0]])
 
