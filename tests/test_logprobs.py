@@ -67,8 +67,10 @@ def reference(cfg):
 
 # --- Values and gradients ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("cfg", [tiny.CFG, replace(CAPPED, tied_embeddings=False)], ids=["tied", "untied, capped, padded"])
-def test_values_and_gradients_are_those_of_a_plain_softmax(small, cfg):
+@pytest.mark.parametrize("picks", ["cpu", "tpu"])  # a target's logit: read from its place, or a sum over all
+def test_values_and_gradients_are_those_of_a_plain_softmax(small, monkeypatch, cfg, picks):
     """All tokens are targets: those at the edges of the slices, and those that two slices share."""
+    monkeypatch.setattr(logprobs, "machine", lambda: picks)
     params, batch = given(cfg)
     assert set(batch["y"].flat) == set(range(98))
     by_blocks = run(target_logprobs, tiny.net(cfg))

@@ -180,7 +180,12 @@ def options(job: Job, turns):
 def logprobs(job: Job, turns):
     (params, shape), tokens = load(job), work.logprobs(job.sizes)
     turns.loaded()
-    turns.repeat(lambda: {"tokens": tokens.size, "check": float(np.asarray(token_logprobs(params, shape.heads, tokens)).sum())})
+
+    def run():
+        check = sum(float(np.asarray(token_logprobs(params, shape.heads, rows)).sum()) for rows in tokens)
+        return {"tokens": tokens.size, "check": check}
+
+    turns.repeat(run)
 
 
 def right_padded(rows, width: int):

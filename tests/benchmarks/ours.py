@@ -139,14 +139,18 @@ def options(job: Job, turns):
 def logprobs(job: Job, turns):
     (_, lm), tokens = load(job), work.logprobs(job.sizes)
     turns.loaded()
-    net, full = lm.net(**LAYERS), np.full(len(tokens), tokens.shape[1], np.int32)
+    net, full = lm.net(**LAYERS), np.full(*tokens.shape[1:], np.int32)
 
     @jax.jit
     def score(params, tokens, lengths):
         hidden = hidden_states(net, params, row_batch(tokens, lengths))
         return target_logprobs(net, params, hidden[:, :-1], tokens[:, 1:])[0]
 
-    turns.repeat(lambda: {"tokens": tokens.size, "check": float(np.asarray(score(lm.params, tokens, full)).sum())})
+    def run():
+        check = sum(float(np.asarray(score(lm.params, rows, full)).sum()) for rows in tokens)
+        return {"tokens": tokens.size, "check": check}
+
+    turns.repeat(run)
 
 
 def steps(turns, mesh, loss_fn, params, data: list[dict], tokens: int):
@@ -229,7 +233,7 @@ def ppo_iteration(job: Job, turns):
     (mesh, lm), s = load(job), job.sizes
     c = PPO(batch_size=s.rows, epochs=s.epochs, minibatches=1, missing_eos_penalty=0.0, optimizer=RATE)
     c = replace(c, sampling=Sampling(max_tokens=s.cap if job.case == "ppo-mixed" else s.new, batch_size=s.rows))
-    net, scored = lm.net(**LAYERS), trunk_and_head(job, lm.params)
+    net, scored = lm.net(unrolled=True), trunk_and_head(job, lm.params)  # --config.model.layers=unrolled, faster for parts
     frozen = ppo.Frozen(net, {}, lm, lm._replace(params=scored), None, {"mean": 0.0, "std": 1.0})
     prompts, counts = work.rollouts(s, job.case)
     tokens, lengths = pad_rows(prompts, None if job.case == "ppo-mixed" else s.prompt)

@@ -176,8 +176,12 @@ def logprobs(job: Job, turns):
 
     @torch.inference_mode()
     def run():
-        logits = model(ids, use_cache=False).logits
-        return {"tokens": ids.numel(), "check": selective_log_softmax(logits[:, :-1], ids[:, 1:]).sum().item()}
+        check = 0.0
+        for rows in ids:
+            logits = model(rows, use_cache=False).logits
+            check += selective_log_softmax(logits[:, :-1], rows[:, 1:]).sum().item()
+            del logits  # else two batches of them are in memory
+        return {"tokens": ids.numel(), "check": check}
 
     turns.repeat(run)
 

@@ -48,7 +48,8 @@ class Sizes:
     question: int = 32
     option: int = 2
     long_shape: Shape = Shape(vocab=128_256, layers=2)  # of `logprobs`
-    long_rows: int = 4
+    long_rows: int = 4  # scored together,
+    long_batches: int = 4  # so often: a short turn would be over before the machine is up to speed
     long: int = 512
     train_rows: int = 8  # of a step; two to a pair
     train_steps: int = 2
@@ -67,7 +68,7 @@ SMALL = Sizes(
     rows=4, prompt=8, new=8, records=12, mean=6, cap=16, prompts=(4, 12),
     critiques=4, prefix=32, dialogue=8, request=4, turn=8,
     comparisons=2, principles=2, conversation=12, response=6, question=4,
-    long_shape=Shape(vocab=2048, width=32, layers=1, heads=2, mlp=64), long_rows=2, long=16,
+    long_shape=Shape(vocab=2048, width=32, layers=1, heads=2, mlp=64), long_rows=2, long_batches=2, long=16,
     train_rows=4, train_steps=2, train_length=16, train_examples=8, train_cap=32,
 )  # fmt: skip
 
@@ -92,8 +93,8 @@ def definition(case: str, s: Sizes) -> str:
         "options": f"{s.comparisons} comparisons: conversation {s.conversation} tokens, two responses of {s.response} in both "
         f"orders, {s.principles} questions of {s.question}, two options of {s.option}: {contexts} contexts, "
         f"{2 * contexts} log-probs; {s.rows} rows at a time.",
-        "logprobs": f"{s.long_rows} rows of {s.long} tokens, log-prob of every token given those before it. Peak: most "
-        "resident memory during the run less that after loading the weights.",
+        "logprobs": f"{s.long_batches * s.long_rows} rows of {s.long} tokens, {s.long_rows} at a time, log-prob of every token "
+        "given those before it. Peak: most resident memory during the run less that after loading the weights.",
         "sft-equal": f"Supervised fine-tuning, {one_step}; {steps}.",
         "reward-equal": f"Reward model on pairs, {one_step}; {steps}.",
         "dpo-equal": f"DPO on pairs, {one_step}; {steps}. Reference log-probs are taken before, unless it says otherwise.",
@@ -171,7 +172,8 @@ def option_rows(s: Sizes) -> np.ndarray:
 
 
 def logprobs(s: Sizes) -> np.ndarray:
-    return _tokens(s.long_shape, "logprobs", s.long_rows, s.long)
+    """[batches, rows, T]"""
+    return _tokens(s.long_shape, "logprobs", s.long_batches, s.long_rows, s.long)
 
 
 def _lengths(s: Sizes, case: str, equal: int, mixed: int) -> np.ndarray:
