@@ -140,16 +140,18 @@ def ppo(job: Job, turns):
     policy = language_model(job)
     generate, ends = policy.generate, Ends(lengths, max(map(len, prompts)))
     policy.generate = lambda *args, **options: generate(*args, logits_processor=[ends], **options)
+    parts = 2 if job.case == "ppo-mixed" else 1  # all rows padded at once take 20 GB
     config = PPOConfig(
         total_episodes=FOREVER,
         num_ppo_epochs=s.epochs,
         num_mini_batches=1,
+        gradient_accumulation_steps=parts,
         local_rollout_forward_batch_size=s.rows,
         response_length=int(lengths.max()),
         stop_token="eos",
         temperature=1.0,
         num_sample_generations=0,
-        **arguments(job, s.rows),
+        **arguments(job, s.rows // parts),
     )
     trainer = PPOTrainer(
         args=config,

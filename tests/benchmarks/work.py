@@ -104,7 +104,7 @@ def definition(case: str, s: Sizes) -> str:
         "says otherwise.",
         "ppo-equal": f"A whole iteration: {s.rows} rollouts of {s.prompt} + {s.new} tokens {ppo}",
         "ppo-mixed": f"A whole iteration: {s.rows} rollouts, prompts of {low} to {high} tokens, responses geometric with mean "
-        f"{s.mean}, at most {s.cap}, the same for everyone {ppo}",
+        f"{s.mean}, at most {s.cap}, the same for everyone {ppo} TRL learns from half of the rows at a time, for its memory.",
         "copy": "Copying arrays, one a core, reads and writes counted.",
         "products": "Float32 products of square matrices, the fastest of what is here.",
         "decode": f"One decoding step of {s.rows} rows at about {s.prompt + s.new} tokens of context.",
