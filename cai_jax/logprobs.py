@@ -1,9 +1,10 @@
 """Log-probs and entropies of given tokens, from hidden states, without an array over batch, tokens and vocabulary.
 
 Logits exist for a block of tokens x vocabulary at a time. The forward pass keeps running sums under a running maximum
-(1805.02867); the backward pass computes every block again, and its softmax from the saved sum (as 2411.09009, leaving nothing
-out). The vocabulary is the outer loop, so a pass casts and gathers each slice of the matrix once and writes its gradient once.
-Tokens that count come first, and blocks without any are left out: prompts and padding are not multiplied with the vocabulary.
+(1805.02867); the backward pass has its softmax from the saved sum and from logits that it computes again, unless they are few
+and were kept (as 2411.09009, leaving nothing out). The vocabulary is the outer loop, so a pass casts and gathers each slice of
+the matrix once and writes its gradient once. Tokens that count come first, and blocks without any are left out: prompts and
+padding are not multiplied with the vocabulary.
 On a mesh every device works on its own rows and its own part of the vocabulary.
 """
 
@@ -23,6 +24,7 @@ BLOCK = 2**22  # logits that a device holds at a time: 16 MB in float32, in prod
 BLOCK_OF_WIDTH = 2**12  # so many for each of the width. Where the products are small, logits should stay in cache
 SLICE = 2**11  # tokens of the vocabulary among them, at most: their rows of the matrix are copied
 FINE = 4  # blocks at least where some tokens do not count
+KEPT = 2**25  # logits that a device keeps at most, 128 MB in float32: the backward pass then has two products and not three
 LANES = 128  # a slice is a multiple of what TPUs and tensor cores take at once
 LOW = -1e30  # the logit of what does not count; finite, for 0 * inf is nan
 
@@ -41,12 +43,13 @@ def target_logprobs(net: Transformer, params, hidden_BTD, targets_BT, temperatur
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _logprobs(net, matrix, temperature, counts_BT, x_BTD, y_BT):
-    return _on_mesh(_forward, net, matrix, temperature, counts_BT, x_BTD, y_BT)[:2]
+    return _on_mesh(_forward, net, matrix, temperature, counts_BT, None, x_BTD, y_BT)[:2]
 
 
-def _save(net, *given):
-    results = _on_mesh(_forward, net, *given)
-    return results[:2], (*given, *results[1:])
+def _save(net, matrix, temperature, counts_BT, *rows_BT):
+    keeping = partial(_forward, keep=True)
+    logp_BT, entropy_BT, lse_BT, kept = _on_mesh(keeping, net, matrix, temperature, counts_BT, None, *rows_BT)
+    return (logp_BT, entropy_BT), (matrix, temperature, counts_BT, kept, *rows_BT, entropy_BT, lse_BT)
 
 
 def _gradients(net, saved, given):
@@ -57,21 +60,23 @@ def _gradients(net, saved, given):
 _logprobs.defvjp(_save, _gradients)
 
 
-def _on_mesh(local, net, matrix, temperature, counts_BT, *rows_BT):
-    """`local` of every device's part of the matrix and its rows; rows that do not split evenly are on every device."""
+def _on_mesh(local, net, matrix, temperature, counts_BT, kept, *rows_BT):
+    """`local` of every device's part of the matrix and its rows; rows that do not split evenly are on every device. kept: the
+    logits that `_forward` kept, or None."""
 
-    def run(axes, matrix, temperature, counts_BT, *rows_BT):
+    def run(axes, matrix, temperature, counts_BT, kept, *rows_BT):
         head = _Head(net, axes, matrix, temperature, counts_BT, rows_BT[0].shape[:2])
-        return local(head, *map(head.fold, rows_BT))
+        return local(head, kept, *map(head.fold, rows_BT))
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return run(((), (), ()), matrix, temperature, counts_BT, *rows_BT)
+        return run(((), (), ()), matrix, temperature, counts_BT, kept, *rows_BT)
     even = len(rows_BT[0]) % batch_ways(mesh) == 0
     data, fsdp, model = axes = ("data",) * even, ("fsdp",) * even, ("model",)
     rows, table = P(data + fsdp), P(model, fsdp) if net.cfg.tied_embeddings else P(fsdp, model)
-    specs = (table, P(), *[rows] * (1 + len(rows_BT))), (table, rows) if local is _backward else rows
-    return on_parts(partial(run, axes), *specs)(matrix, temperature, counts_BT, *rows_BT)
+    blocks = P(None, None, data + fsdp, model)
+    specs = (table, P(), rows, blocks, *[rows] * len(rows_BT)), (table, rows) if local is _backward else (*[rows] * 3, blocks)
+    return on_parts(partial(run, axes), *specs)(matrix, temperature, counts_BT, kept, *rows_BT)
 
 
 def slice_length(vocabulary: int) -> int:
@@ -138,24 +143,31 @@ class _Head:
         return matrix, jnp.where((place_1V >= shared) & (token_1V < self.cfg.vocab_size), token_1V, -1)
 
     def logits(self, matrix, token_1V, x_ND):
-        """-> logits [N, V] at the temperature and their derivative by the product of x and the matrix."""
+        """-> logits [N, V] at the temperature."""
         z_NV = jnp.einsum(f"nd,{self.dims}->nv", x_ND, matrix, preferred_element_type=jnp.float32)
-        z_NV = soft_cap(z_NV, self.cfg.logit_cap)
-        slope = (1 - jnp.square(z_NV / self.cfg.logit_cap) if self.cfg.logit_cap else 1) / self.temperature
-        z_NV = z_NV / self.temperature
+        z_NV = soft_cap(z_NV, self.cfg.logit_cap) / self.temperature
         masked = self.cfg.vocab_padding or self.places[1].any()
-        return jnp.where(token_1V < 0, LOW, z_NV) if masked else z_NV, slope
+        return jnp.where(token_1V < 0, LOW, z_NV) if masked else z_NV
+
+    def slope(self, z_NV):
+        """The derivative of logits by the product of x and the matrix; of LOW it is 0 or multiplied with 0."""
+        of_cap = jnp.maximum(z_NV * self.temperature / self.cfg.logit_cap, -1.0) if self.cfg.logit_cap else 0.0
+        return (1 - jnp.square(of_cap)) / self.temperature
 
 
-def _forward(head, x_KND, y_KN1):
-    """-> log-probs, entropies and log-sum-exps. Float32 [B, T]."""
+def _forward(head, _, x_KND, y_KN1, keep=False):
+    """-> log-probs, entropies and log-sum-exps, float32 [B, T], and the logits, in blocks as they were computed, or None: there
+    are too many, or they are not to be kept."""
+    keep = keep and prod(head.batch) * head.matrix.shape[head.axis] <= KEPT
+    kept_KNV = jnp.zeros((*y_KN1.shape[:2], head.length), jnp.float32) if keep else None
 
     def one_slice(sums_KN1, place):
         matrix, token_1V = head.slice(*place)
 
-        def one_block(k, sums_KN1):
+        def one_block(k, carry):
+            sums_KN1, kept_KNV = carry
             x_ND, y_N1, top_N1, sum_N1, moment_N1, picked_N1 = (x[k] for x in (x_KND, y_KN1, *sums_KN1))
-            z_NV, _ = head.logits(matrix, token_1V, x_ND)
+            z_NV = head.logits(matrix, token_1V, x_ND)
             new_N1 = jnp.maximum(top_N1, jnp.max(z_NV, axis=1, keepdims=True))
             below_NV = z_NV - new_N1
             exp_NV = jnp.exp(below_NV)
@@ -163,17 +175,18 @@ def _forward(head, x_KND, y_KN1):
             sum_N1 += jnp.sum(exp_NV, axis=1, keepdims=True)
             moment_N1 += jnp.sum(exp_NV * below_NV, axis=1, keepdims=True)
             picked_N1 += _pick(z_NV, token_1V, y_N1, y_N1 - head.first - place[0])
-            return jax.tree.map(lambda x, new: _put(x, new, k), sums_KN1, (new_N1, sum_N1, moment_N1, picked_N1))
+            new = (new_N1, sum_N1, moment_N1, picked_N1), z_NV if keep else None
+            return jax.tree.map(lambda x, new: _put(x, new, k), (sums_KN1, kept_KNV), new)
 
-        return head.each_block(one_block, sums_KN1), None
+        return head.each_block(one_block, (sums_KN1, kept_KNV))
 
     zeros = jnp.zeros(y_KN1.shape, jnp.float32)
-    (top, *sums, picked), _ = jax.lax.scan(one_slice, (zeros + LOW, zeros, zeros, zeros), head.places)
+    (top, *sums, picked), kept_SKNV = jax.lax.scan(one_slice, (zeros + LOW, zeros, zeros, zeros), head.places)
     highest = jax.lax.pmax(top, head.model)
     total, moment, picked = jax.lax.psum((*_lower(*sums, highest - top), picked), head.model)
     log = jnp.log(total)
     logp, entropy = head.counted(picked - highest - log), head.counted(log - moment / total)
-    return tuple(map(head.unfold, (logp, entropy, highest + log)))
+    return *map(head.unfold, (logp, entropy, highest + log)), kept_SKNV
 
 
 def _pick(z_NV, token_1V, y_N1, at_N1):
@@ -193,22 +206,23 @@ def _put(x_K, new, k):
     return jax.lax.dynamic_update_index_in_dim(x_K, new, k, 0)
 
 
-def _backward(head, x_KND, y_KN1, entropy_KN1, lse_KN1, *d_results):
+def _backward(head, kept_SKNV, x_KND, y_KN1, entropy_KN1, lse_KN1, *d_results):
     """-> gradients of the matrix and the hidden states. By a logit, d logp = onehot - p, d entropy = -p (log p + entropy)."""
     rows_KN1 = y_KN1, entropy_KN1, lse_KN1, *map(head.counted, d_results)
 
-    def one_slice(gradients, place):
+    def one_slice(gradients, place_and_kept):
+        place, kept_KNV = place_and_kept
         matrix, token_1V = head.slice(*place)
         d_matrix, d_x_KND = gradients
 
         def one_block(k, gradients):
             d_slice, d_x_KND = gradients
             x_ND, y_N1, entropy_N1, lse_N1, d_logp_N1, d_entropy_N1 = (x[k] for x in (x_KND, *rows_KN1))
-            z_NV, slope = head.logits(matrix, token_1V, x_ND)
+            z_NV = head.logits(matrix, token_1V, x_ND) if kept_KNV is None else kept_KNV[k]
             logp_NV = z_NV - lse_N1
             d_z_NV = jnp.where(token_1V == y_N1, d_logp_N1, 0.0)
             d_z_NV -= jnp.exp(logp_NV) * (d_logp_N1 + d_entropy_N1 * (logp_NV + entropy_N1))
-            d_z_NV = (d_z_NV * slope).astype(matrix.dtype)
+            d_z_NV = (d_z_NV * head.slope(z_NV)).astype(matrix.dtype)
             d_slice += jnp.einsum(f"nv,nd->{head.dims}", d_z_NV, x_ND, preferred_element_type=jnp.float32)
             d_x_ND = jnp.einsum(f"nv,{head.dims}->nd", d_z_NV, matrix, preferred_element_type=jnp.float32)
             return d_slice, _put(d_x_KND, d_x_KND[k] + d_x_ND, k)
@@ -223,5 +237,5 @@ def _backward(head, x_KND, y_KN1, entropy_KN1, lse_KN1, *d_results):
 
     # The last slice goes first: of tokens that it shares its gradient is zero, which the one before overwrites.
     zeros = jnp.zeros_like(head.matrix), jnp.zeros(x_KND.shape, jnp.float32)
-    (d_matrix, d_x_KND), _ = jax.lax.scan(one_slice, zeros, head.places, reverse=True)
+    (d_matrix, d_x_KND), _ = jax.lax.scan(one_slice, zeros, (head.places, kept_SKNV), reverse=True)
     return d_matrix, head.unfold(jax.lax.psum(d_x_KND, head.model).astype(x_KND.dtype), -1)

@@ -48,7 +48,11 @@ def test_the_roofline_and_a_file_to_write(tmp_path):
     printed = finished(tmp_path, "roofline", "--peers=", f"--write={file}", "--date=2001-02-03")
     found = rows(printed)
     assert [r[0] for r in found[:2]] == ["copy bandwidth", "float32 products"]
-    assert [r[0] for r in found[4:]] == ["ours, one decoding step", "ours, one training step"]
+    assert [r[0] for r in found[4:]] == [
+        "ours, one decoding step",
+        "XLA, products alone, one decoding step",
+        "ours, one training step",
+    ]
     assert all(re.fullmatch(r"-?\d+ %", r[2]) for r in found[4:])
     text = file.read_text()
     assert text.startswith("# Benchmarks\n") and "2001-02-03" in text and rows(text) == found

@@ -19,9 +19,10 @@ CAPPED = replace(tiny.CFG, logit_cap=3.0, vocab_padding=6)
 F32, BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
 
 
-@pytest.fixture
-def small(monkeypatch):
+@pytest.fixture(params=[0, logprobs.KEPT], ids=["computed again", "kept"])
+def small(monkeypatch, request):
     """Blocks of ten tokens by slices of 32: 0-31, 32-63, 64-95, 66-97; of the 52 tokens of one of two devices 0-31, 20-51."""
+    monkeypatch.setattr(logprobs, "KEPT", request.param)
     monkeypatch.setattr(logprobs, "SLICE", 32)
     monkeypatch.setattr(logprobs, "LANES", 8)
     monkeypatch.setattr(logprobs, "BLOCK", 320)
@@ -218,6 +219,13 @@ def test_nothing_over_tokens_and_vocabulary_exists_and_the_matrix_is_never_copie
 def test_compiled_it_takes_a_small_part_of_the_memory_of_logits():
     passes, _ = traced(target_logprobs, replace(tiny.CFG, vocab_size=32_001, width=256), 8, 256)
     assert passes.lower().compile().memory_analysis().temp_size_in_bytes < 4 * 8 * 256 * 32_001 / 8
+
+
+@pytest.mark.parametrize("kept, products", [(8 * 63 * 98, 3), (8 * 63 * 98 - 1, 4)])
+def test_logits_that_are_few_are_computed_once(monkeypatch, kept, products):
+    monkeypatch.setattr(logprobs, "KEPT", kept)
+    _, computed = traced(target_logprobs, tiny.CFG, 8, 63)
+    assert sum(name == "dot_general" for name, _, _ in computed) == products
 
 
 def test_what_is_small_is_one_block_and_is_not_filled_up():

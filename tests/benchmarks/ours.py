@@ -124,6 +124,16 @@ def decode(job: Job, turns):
     turns.repeat(lambda: work.step_of(sample, s) | engine.check)
 
 
+def step_products(job: Job, turns):
+    """What XLA takes for the products of a decoding step, laid out as models.layers.turned lays them."""
+    shapes, rows = work.decode_matrices(job.sizes), job.sizes.rows
+    draw = jax.jit(jax.random.uniform, static_argnums=1)
+    matrices = [draw(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
+    inputs = {n: draw(jax.random.key(n), (n, rows)) for _, n in shapes}
+    multiply = jax.jit(lambda matrices, inputs: [matrix @ inputs[matrix.shape[1]] for matrix in matrices])
+    turns.repeat(lambda: work.products_alone(lambda: jax.block_until_ready(multiply(matrices, inputs))))
+
+
 def options(job: Job, turns):
     (mesh, lm), s = load(job), job.sizes
     contexts = [work.text(ids) for ids in work.option_contexts(s)]
@@ -258,7 +268,8 @@ def ppo_iteration(job: Job, turns):
 TRAINING = {"sft": sft, "reward": reward_steps, "dpo": dpo_steps}
 WORKLOADS = {"generate": generate, "mixed": mixed, "critique": critique, "options": options, "logprobs": logprobs}
 WORKLOADS |= {f"{kind}-{data}": f for data in ("equal", "mixed") for kind, f in TRAINING.items()}
-WORKLOADS |= {"ppo-equal": ppo_iteration, "ppo-mixed": ppo_iteration, "decode": decode, "critique:apart": apart}
+WORKLOADS |= {"ppo-equal": ppo_iteration, "ppo-mixed": ppo_iteration, "critique:apart": apart}
+WORKLOADS |= {"decode": decode, "decode:products": step_products}
 
 if __name__ == "__main__":
     main(WORKLOADS, "jax", "flax", "optax")

@@ -50,7 +50,11 @@ CONTENDERS = {
     "ppo-mixed": {"TRL": "trl"},
     "copy": {},
     "products": {"PyTorch": "torch"},
-    "decode": {},
+    "decode": {
+        "transformers": "torch",
+        "XLA, products alone": "ours decode:products",
+        "PyTorch, products alone": "torch decode:products",
+    },
 }
 MACHINE = ("copy", "products")  # which our side has no part in
 NO_FLOOR = ("ppo-equal", "ppo-mixed")

@@ -198,6 +198,25 @@ def products(job: Job, turns):
     turns.repeat(run)
 
 
+def decode(job: Job, turns):
+    sample, s, prompts = Sampler(job), job.sizes, work.generate(job.sizes)
+    turns.repeat(lambda: work.step_of(lambda new: sample(prompts, new), s) | sample.check)
+
+
+def step_products(job: Job, turns):
+    torch.set_num_threads(work.cores())
+    shapes, rows = work.decode_matrices(job.sizes), job.sizes.rows
+    matrices = [torch.rand(shape) for shape in shapes]
+    inputs = {n: torch.rand(rows, n) for _, n in shapes}
+
+    def multiply():
+        with torch.inference_mode():
+            for matrix in matrices:
+                torch.nn.functional.linear(inputs[matrix.shape[1]], matrix)
+
+    turns.repeat(lambda: work.products_alone(multiply))
+
+
 WORKLOADS = {
     "generate": generate,
     "mixed": mixed,
@@ -208,6 +227,8 @@ WORKLOADS = {
     "options:shared": options_shared,
     "logprobs": logprobs,
     "products": products,
+    "decode": decode,
+    "decode:products": step_products,
 }
 
 if __name__ == "__main__":

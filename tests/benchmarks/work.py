@@ -107,7 +107,8 @@ def definition(case: str, s: Sizes) -> str:
         f"{s.mean}, at most {s.cap}, the same for everyone {ppo} TRL learns from half of the rows at a time, for its memory.",
         "copy": "Copying arrays, one a core, reads and writes counted.",
         "products": "Float32 products of square matrices, the fastest of what is here.",
-        "decode": f"One decoding step of {s.rows} rows at about {s.prompt + s.new} tokens of context.",
+        "decode": f"One decoding step of {s.rows} rows at about {s.prompt + s.new} tokens of context. Products alone: those "
+        "with all its matrices, outputs before inputs, and nothing else.",
     }[case]
 
 
@@ -225,6 +226,21 @@ def step_of(generate, s: Sizes) -> dict:
         times.append(time.perf_counter())
     few_seconds, seconds = np.diff(times)
     return {"step": float(seconds - few_seconds) / (s.new - few)}
+
+
+def decode_matrices(s: Sizes) -> list[tuple[int, int]]:
+    """(outputs, inputs) of the matrices that one decoding step multiplies with, in their order."""
+    D, F = s.shape.width, s.shape.mlp
+    layer = [(D, D)] * 4 + [(F, D)] * 2 + [(D, F)]
+    return layer * s.shape.layers + [(s.shape.vocab, D)]
+
+
+def products_alone(multiply) -> dict:
+    """Seconds of `multiply()`, which does all products of one decoding step."""
+    start, times = time.perf_counter(), 8
+    for _ in range(times):
+        multiply()
+    return {"step": (time.perf_counter() - start) / times}
 
 
 def decode_cost(s: Sizes) -> tuple[float, float]:
