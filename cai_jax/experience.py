@@ -13,10 +13,12 @@ import numpy as np
 from cai_jax import losses
 from cai_jax.data import bucket
 from cai_jax.logprobs import target_logprobs
+from cai_jax.models.attention import QUERIES
 from cai_jax.models.heads import apply_head
 from cai_jax.models.kernels import machine
 from cai_jax.score import hidden_states, reward_scores
 from cai_jax.sharding import constrain
+from cai_jax.slots import room
 from cai_jax.train import Parts
 from cai_jax.trees import first_fit
 
@@ -43,7 +45,9 @@ def layout(texts: int, longest: int, ways: int) -> Layout:
     """For batches of `texts` texts or more, none of more than `longest` tokens; rows are split `ways` ways."""
     if kind() == "alone":
         return Layout(-(-texts // ways) * ways, bucket(longest), 1)
-    length = bucket(longest * min(2, -(-texts // ways)))
+    # Two of the longest fill a row better; one is better where XLA's attention reads the keys of long neighbours in vain.
+    beside = 1 if machine() == "cpu" and longest > QUERIES else 2
+    length = room(longest * min(beside, -(-texts // ways)))
     held = length // longest
     most = -(-texts // (held * ways))  # rows of a device, of the longest texts
     least = LEAST.get(machine(), LEAST_ELSEWHERE) // length

@@ -118,6 +118,11 @@ def test_parts_have_one_size_whatever_the_texts_and_short_texts_make_few():
         assert x["tokens"].shape == shape and count == 1
 
 
+def test_on_a_cpu_long_texts_lie_in_rows_of_one():
+    assert layout(16, 256, 1) == Layout(1, 512, 2)
+    assert layout(16, 352, 1) == Layout(2, 384, 1)
+
+
 @pytest.mark.parametrize("c", [C, RLOO, replace(RLOO, advantage="grpo")], ids=lambda c: c.advantage)
 def test_parts_teach_what_the_whole_teaches(mesh1, c):
     """Also when what nothing lies in is not a number: it is not looked at."""
