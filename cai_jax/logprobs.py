@@ -1,4 +1,4 @@
-"""Log-probs and entropies of given tokens, from hidden states, without an array over batch, tokens and vocabulary.
+"""Log-probs and entropies of given tokens, from hidden states, without a large array over batch, tokens and vocabulary.
 
 Logits exist for a block of tokens x vocabulary at a time. The forward pass keeps running sums under a running maximum
 (1805.02867); the backward pass has its softmax from the saved sum and from logits that it computes again, unless they are few

@@ -58,6 +58,11 @@ def test_the_roofline_and_a_file_to_write(tmp_path):
     assert text.startswith("# Benchmarks\n") and "2001-02-03" in text and rows(text) == found
 
 
+@pytest.mark.parametrize("sizes", [work.SMALL, work.FULL], ids=["small", "full"])
+def test_the_products_alone_are_those_that_the_roofline_counts(sizes):
+    assert sum(outputs * inputs for outputs, inputs in work.decode_matrices(sizes)) == sizes.shape.weights
+
+
 def test_the_table_of_one_accelerator(tmp_path):
     file = tmp_path / "b.md"
     command = [sys.executable, str(HERE / "accelerator.py"), "--small", f"--write={file}"]

@@ -118,9 +118,11 @@ def test_parts_have_one_size_whatever_the_texts_and_short_texts_make_few():
         assert x["tokens"].shape == shape and count == 1
 
 
-def test_on_a_cpu_long_texts_lie_in_rows_of_one():
-    assert layout(16, 256, 1) == Layout(1, 512, 2)
-    assert layout(16, 352, 1) == Layout(2, 384, 1)
+def test_long_texts_lie_in_rows_of_one_on_a_cpu_alone(monkeypatch):
+    for machine, sizes in (("cpu", (Layout(1, 512, 2), Layout(2, 384, 1))), ("tpu", (Layout(8, 512, 2), Layout(8, 768, 2)))):
+        monkeypatch.setattr("cai_jax.experience.machine", lambda machine=machine: machine)
+        monkeypatch.setattr("cai_jax.slots.machine", lambda machine=machine: machine)
+        assert tuple(layout(16, longest, 1) for longest in (256, 352)) == sizes
 
 
 @pytest.mark.parametrize("c", [C, RLOO, replace(RLOO, advantage="grpo")], ids=lambda c: c.advantage)
